@@ -1,0 +1,1 @@
+"""Serves recurrent models over HTTP and keeps one memory per session."""

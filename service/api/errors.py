@@ -1,0 +1,121 @@
+"""Problem documents (RFC 9457): each code's status and title, and the handlers that write them."""
+
+from typing import Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from service.errors import ClientLeft, Problem
+from service.store.base import StoreError
+
+log = structlog.get_logger(__name__)
+
+RETRY_AFTER_S = 1
+
+STATUS: dict[str, tuple[int, str]] = {
+    "bad_request": (400, "Bad request"),
+    "not_found": (404, "No such route"),
+    "method_not_allowed": (405, "Method not allowed"),
+    "model_not_found": (404, "Model not found"),
+    "version_not_found": (404, "Model version not found"),
+    "session_not_found": (404, "Session not found"),
+    "session_exists": (409, "Session exists"),
+    "position_mismatch": (409, "Position mismatch"),
+    "model_mismatch": (409, "Model mismatch"),
+    "session_expired": (410, "Session expired"),
+    "session_closed": (410, "Session closed"),
+    "log_truncated": (410, "Log truncated"),
+    "payload_too_large": (413, "Payload too large"),
+    "unsupported_media_type": (415, "Unsupported media type"),
+    "invalid_input": (422, "Invalid input"),
+    "unknown_symbol": (422, "Unknown symbol"),
+    "task_mismatch": (422, "Task mismatch"),
+    "empty_session": (422, "Empty session"),
+    "session_busy": (429, "Session busy"),
+    "internal": (500, "Internal error"),
+    "numeric_fault": (500, "Numeric fault"),
+    "overloaded": (503, "Overloaded"),
+    "not_ready": (503, "Not ready"),
+    "commit_unknown": (503, "Commit unknown"),
+}
+
+
+def document(problem: Problem) -> dict[str, Any]:
+    """The problem as a JSON object."""
+    status, title = STATUS[problem.code]
+    return {
+        "type": f"urn:recurra:problem:{problem.code}",
+        "title": title,
+        "status": status,
+        "detail": problem.detail,
+        "code": problem.code,
+        **problem.members,
+    }
+
+
+def answer(problem: Problem) -> Response:
+    """The problem as an HTTP answer."""
+    body = document(problem)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if body["status"] in (429, 503) else None
+    return Response(msgspec.json.encode(body), body["status"], headers, media_type="application/problem+json")
+
+
+def from_validation(error: ValidationError) -> Problem:
+    """A request body or query that does not fit its schema: 422 with JSON pointers, or 400 when it is not JSON."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    if found[0]["type"] == "json_invalid":
+        return Problem("bad_request", f"the body is not JSON: {found[0]['msg'][:200]}")
+    errors = [{"detail": one["msg"], "pointer": _pointer(one["loc"])} for one in found[:20]]
+    first = f"{errors[0]['pointer']}: {errors[0]['detail']}" if errors[0]["pointer"] else errors[0]["detail"]
+    return Problem("invalid_input", first, None, errors=errors)
+
+
+def _pointer(location: tuple[int | str, ...]) -> str:
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in location)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error with a problem document."""
+
+    async def problem(_: Request, error: Exception) -> Response:
+        assert isinstance(error, Problem)
+        return answer(error)
+
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        codes = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+        found = answer(Problem(codes.get(error.status_code, "bad_request"), str(error.detail)))
+        found.headers.update(error.headers or {})
+        return found
+
+    async def validation(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ValidationError)
+        return answer(from_validation(error))
+
+    async def parameters(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        errors = [{"detail": one["msg"], "pointer": _pointer(one["loc"][1:])} for one in error.errors()[:20]]
+        return answer(Problem("invalid_input", f"{errors[0]['pointer']}: {errors[0]['detail']}", None, errors=errors))
+
+    async def left(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    async def store(_: Request, error: Exception) -> Response:
+        log.error("store_failed", error=str(error))
+        return answer(Problem("not_ready", "the store can not be used at the moment; nothing was changed"))
+
+    async def unexpected(_: Request, error: Exception) -> Response:
+        log.exception("request_failed", exc_info=error)
+        return answer(Problem("internal", "the service failed on this request"))
+
+    app.add_exception_handler(Problem, problem)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ValidationError, validation)
+    app.add_exception_handler(RequestValidationError, parameters)
+    app.add_exception_handler(ClientLeft, left)
+    app.add_exception_handler(StoreError, store)
+    app.add_exception_handler(Exception, unexpected)

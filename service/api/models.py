@@ -1,0 +1,115 @@
+"""Routes of models: what is served, and whole sequences without a session."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from service.api.requests import Strict, Version, body_of, read, sessions_of, while_connected
+from service.api.responses import JsonResponse, described
+from service.bundle import Manifest
+from service.errors import invalid
+from service.registry import Model, Registry
+from service.state import Array
+from service.work import Done
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+MAX_SEQUENCES = 1024
+
+
+class PredictBody(Strict):
+    """Whole sequences."""
+
+    sequences: Annotated[list[Any], Field(min_length=1, max_length=MAX_SEQUENCES)]
+    predictions: Literal["last", "all"] = "last"
+    alternatives: int = Field(default=5, ge=0, le=1000)
+    version: Version | None = None
+
+
+@router.get("", responses=described(200, "all models", "ModelList"))
+async def list_models(request: Request) -> Response:
+    """List the models that are served."""
+    registry: Registry = request.app.state.registry
+    data = [card(versions) for versions in registry.versions().values()]
+    return JsonResponse({"object": "list", "data": data})
+
+
+@router.get("/{model}", responses=described(200, "the model", "ModelCard", "model_not_found"))
+async def get_model(request: Request, model: str) -> Response:
+    """Look at a model."""
+    registry: Registry = request.app.state.registry
+    registry.get(model)
+    return JsonResponse(card(registry.versions()[model]))
+
+
+@router.post(
+    "/{model}/predict",
+    openapi_extra=body_of(PredictBody, temperatures={"sequences": [[35, 32, 45, 48, 41, 39, 36]]}),
+    responses=described(200, "one list of predictions a sequence", "Predictions", "model_not_found", "unknown_symbol"),
+)
+async def predict(request: Request, model: str) -> Response:
+    """Run whole sequences from an empty memory; nothing is kept."""
+    body = await read(request, PredictBody)
+    loaded: Model = request.app.state.registry.get(model, body.version)
+    codec = loaded.engine.codec
+    entries = [codec.encode(sequence, f"/sequences/{i}") for i, sequence in enumerate(body.sequences)]
+    _bound(loaded, sum(map(len, entries)), body.predictions)
+    work = sessions_of(request).predict(loaded, entries, body.predictions == "last")
+    outcomes = await while_connected(request, work)
+    return JsonResponse(
+        {"predictions": [_shown(loaded, e, done, body) for e, done in zip(entries, outcomes, strict=True)]}
+    )
+
+
+def _bound(model: Model, steps: int, predictions: str) -> None:
+    if predictions == "all" and steps > model.most_outputs:
+        raise invalid(f"predictions of all steps are for at most {model.most_outputs} steps a request", "/sequences")
+
+
+def _shown(model: Model, entries: Array, done: Done, body: PredictBody) -> list[dict[str, Any]]:
+    shown = len(next(iter(done.outputs.values())))
+    first = len(entries) - shown + 1
+    codec = model.engine.codec
+    filled = codec.fill(entries, None)[len(entries) - shown :]
+    return codec.predictions(done.outputs, first, done.before, filled, body.alternatives)
+
+
+def card(versions: dict[int, Model]) -> dict[str, Any]:
+    """What is said of a model: its greatest version, and which there are."""
+    default = max(versions)
+    manifest = versions[default].bundle.manifest
+    return {
+        "id": manifest.name,
+        "object": "model",
+        "created": int(datetime.fromisoformat(manifest.created.replace("Z", "+00:00")).timestamp()),
+        "owned_by": "recurra",
+        "task": manifest.task,
+        "input_kind": manifest.input_kind,
+        "versions": list(versions),
+        "default_version": default,
+        "cell": manifest.cell,
+        "layers": manifest.layers,
+        "hidden": manifest.hidden,
+        "inputs": _inputs(manifest),
+        "outputs": _outputs(manifest),
+        "state_bytes": manifest.state_bytes,
+        "metrics": manifest.metrics,
+        "checks": manifest.checks,
+    }
+
+
+def _inputs(manifest: Manifest) -> list[dict[str, Any]]:
+    if manifest.features:
+        return [{"name": f.name, "unit": f.unit, "fill": f.fill} for f in manifest.features]
+    splitter = manifest.splitter.kind if manifest.splitter is not None else None
+    return [{"name": "symbols", "vocabulary": len(manifest.symbols), "splitter": splitter}]
+
+
+def _outputs(manifest: Manifest) -> list[dict[str, Any]]:
+    if manifest.targets:
+        return [{"name": t.name, "unit": t.unit, "quantiles": list(manifest.quantiles)} for t in manifest.targets]
+    if manifest.labels:
+        return [{"name": "label", "labels": list(manifest.labels)}]
+    return [{"name": "alternatives", "vocabulary": len(manifest.symbols)}]

@@ -1,0 +1,57 @@
+"""Routes for those who run the service: alive, ready, metrics."""
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
+
+from service import metrics
+from service.api.errors import RETRY_AFTER_S
+from service.api.responses import JsonResponse
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/", include_in_schema=False)
+async def root() -> Response:
+    """Leads to the docs."""
+    return RedirectResponse("/docs")
+
+
+@router.get("/healthz")
+async def healthz() -> Response:
+    """The process is alive."""
+    return JsonResponse({"status": "ok"})
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """Models are loaded, the store can be written and the service is not stopping; names what is wrong."""
+    state = request.app.state
+    problems: dict[str, object] = {}
+    if (failure := await asyncio.to_thread(state.store.check)) is not None:
+        problems["store"] = failure
+    if state.sessions.draining:
+        problems["stopping"] = True
+    if not state.registry.versions():
+        problems["models"] = f"no model could be loaded from {state.settings.models_dir.name!r}"
+    body = {
+        "status": "ready" if not problems else "not ready",
+        "problems": problems,
+        "models": {name: list(versions) for name, versions in state.registry.versions().items()},
+        "skipped": state.registry.problems,
+        "row_by_row": [
+            f"{m.bundle.manifest.name}/{m.bundle.manifest.version}"
+            for m in state.registry
+            if not m.runner.batches_exactly
+        ],
+        "store": {"kind": state.settings.store, "durability": state.store.durability},
+    }
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if problems else None
+    return JsonResponse(body, 503 if problems else 200, headers)
+
+
+@router.get("/metrics")
+async def prometheus() -> Response:
+    """Metrics in Prometheus' text format."""
+    return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

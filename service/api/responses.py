@@ -1,0 +1,196 @@
+"""Answers: JSON written by msgspec, and what the OpenAPI page says of them."""
+
+from typing import Any
+
+import msgspec
+from fastapi import Response
+from pydantic import BaseModel
+
+from service.api.errors import STATUS
+
+ERRORS = ("session_not_found", "session_expired", "session_closed", "session_busy", "overloaded", "invalid_input")
+
+
+class JsonResponse(Response):
+    """A JSON answer."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """Content as JSON."""
+        return msgspec.json.encode(content)
+
+
+class Parent(BaseModel):
+    """Where a session left the one it was forked from."""
+
+    session: str
+    position: int
+
+
+class Session(BaseModel):
+    """A session: one memory of one model."""
+
+    id: str
+    model: str
+    version: int
+    epoch: int
+    position: int
+    seed: int
+    created_at: str
+    updated_at: str
+    expires_at: str | None
+    metadata: dict[str, Any]
+    parent: Parent | None
+    state_bytes: int
+
+
+class SessionList(BaseModel):
+    """A page of sessions."""
+
+    data: list[Session]
+    next_cursor: str | None
+
+
+class Alternative(BaseModel):
+    """A symbol that may come next."""
+
+    token: int
+    text: str
+    logprob: float
+
+
+class Prediction(BaseModel):
+    """What the network says at a position; which members there are depends on the task."""
+
+    position: int
+    surprise: float | None = None
+    alternatives: list[Alternative] | None = None
+    label: str | None = None
+    probabilities: dict[str, float] | None = None
+    mean: dict[str, float] | None = None
+    quantiles: dict[str, dict[str, float]] | None = None
+
+
+class Steps(BaseModel):
+    """The answer to a feed."""
+
+    session: str
+    epoch: int
+    position: int
+    steps: int
+    created: bool | None = None
+    predictions: list[Prediction]
+
+
+class Usage(BaseModel):
+    """How many entries a generate took and made."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Generated(BaseModel):
+    """The answer to a generate that is not streamed."""
+
+    session: str | None = None
+    epoch: int | None = None
+    position: int | None = None
+    created: bool | None = None
+    text: str
+    tokens: list[int]
+    logprobs: list[dict[str, Any]] | None = None
+    finish_reason: str
+    usage: Usage
+
+
+class ForecastStep(BaseModel):
+    """One step ahead."""
+
+    step: int
+    mean: dict[str, float]
+    quantiles: dict[str, dict[str, float]] | None = None
+
+
+class Forecast(BaseModel):
+    """The answer to a forecast."""
+
+    session: str
+    epoch: int
+    position: int
+    forecast: list[ForecastStep]
+
+
+class State(BaseModel):
+    """The memory itself, by the manifest's names."""
+
+    session: str
+    epoch: int
+    position: int
+    state: dict[str, list[Any]]
+
+
+class Predictions(BaseModel):
+    """One list of predictions a sequence."""
+
+    predictions: list[list[Prediction]]
+
+
+class ModelCard(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    task: str
+    input_kind: str
+    versions: list[int]
+    default_version: int
+    cell: str
+    layers: int
+    hidden: int
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+    state_bytes: int
+    metrics: dict[str, Any]
+    checks: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: str
+    data: list[ModelCard]
+
+
+class ErrorDocument(BaseModel):
+    """A problem document (RFC 9457); further members by code."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+
+
+_SCHEMAS: dict[str, type[BaseModel]] = {
+    model.__name__: model
+    for model in (Session, SessionList, Steps, Generated, Forecast, State, Predictions, ModelCard, ModelList)
+}
+
+
+def described(status: int, what: str, schema: str | None, *codes: str) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI description of a route's answer and of the errors it may give, by code."""
+    found: dict[int | str, dict[str, Any]] = {status: {"description": what}}
+    if schema is not None:
+        found[status]["model"] = _SCHEMAS[schema]
+    by_status: dict[int, list[str]] = {}
+    for code in sorted({*codes, "bad_request", "invalid_input", "not_ready"}):
+        by_status.setdefault(STATUS[code][0], []).append(code)
+    for error_status, error_codes in by_status.items():
+        found[error_status] = {
+            "description": ", ".join(f"`{code}`" for code in error_codes),
+            "content": {"application/problem+json": {"schema": ErrorDocument.model_json_schema()}},
+        }
+    return found

@@ -1,0 +1,296 @@
+"""Routes of sessions: create, look, feed, forecast, close."""
+
+import base64
+import binascii
+import secrets
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Path, Query, Request, Response
+from pydantic import Field
+
+from service.api.requests import (
+    SESSION_ID,
+    ModelName,
+    Position,
+    Seed,
+    Strict,
+    Ttl,
+    Version,
+    body_of,
+    key_of,
+    read,
+    sessions_of,
+    while_connected,
+)
+from service.api.responses import ERRORS, JsonResponse, described
+from service.errors import Problem, invalid
+from service.session import Fed, Opening
+from service.store.base import Head
+from service.tasks import Codec
+from service.work import Done
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+
+MAX_METADATA_BYTES = 16 * 1024
+MAX_SAMPLES = 1000
+MAX_HORIZON = 10_000
+
+SessionId = Annotated[str, Path(pattern=SESSION_ID, description="chosen by the client, or given at creation")]
+
+
+class CreateBody(Strict):
+    """A new session."""
+
+    model: ModelName
+    id: Annotated[str, Field(pattern=SESSION_ID)] | None = None
+    version: Version | None = None
+    seed: Seed | None = None
+    ttl_s: Ttl | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class UpdateBody(Strict):
+    """What is said of a session."""
+
+    metadata: dict[str, Any] | None = None
+    ttl_s: Ttl | None = None
+
+
+class StepsBody(Strict):
+    """A sequence to feed."""
+
+    inputs: Any = Field(description="a string, symbols or ids, or values by feature; see the model's `inputs`")
+    position: Position | None = None
+    predictions: Literal["last", "all", "none"] = "last"
+    alternatives: int = Field(default=5, ge=0, le=1000, description="language models: how many likely symbols to show")
+    model: ModelName | None = None
+    version: Version | None = None
+    seed: Seed | None = None
+
+
+class ForecastBody(Strict):
+    """How far to look ahead."""
+
+    horizon: int = Field(ge=1, le=MAX_HORIZON)
+    samples: int = Field(default=0, ge=0, le=MAX_SAMPLES, description="quantiles from that many sampled paths")
+    quantiles: Annotated[list[float], Field(max_length=99)] | None = None
+    future: Annotated[list[dict[str, Any]], Field(max_length=MAX_HORIZON)] | None = Field(
+        default=None, description="the features that the model does not predict, one object a step"
+    )
+    seed: Seed | None = None
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=body_of(CreateBody, who={"model": "who", "id": "kitchen"}),
+    responses=described(201, "the session", "Session", "model_not_found", "session_exists"),
+)
+async def create(request: Request) -> Response:
+    """Create a session at position 0."""
+    body = await read(request, CreateBody)
+    session_id = body.id if body.id is not None else new_id()
+    opening = Opening(body.model, body.version, body.seed, ttl_s=body.ttl_s, metadata=_checked_metadata(body.metadata))
+    head = await sessions_of(request).create(key_of(session_id), opening)
+    return JsonResponse(session(request, head), 201, {"Location": f"/v1/sessions/{head.id}"})
+
+
+@router.get("", responses=described(200, "a page of live sessions, ordered by id", "SessionList"))
+async def list_sessions(
+    request: Request,
+    model: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    cursor: Annotated[str | None, Query(max_length=512)] = None,
+) -> Response:
+    """List live sessions."""
+    after = _read_cursor(cursor) if cursor is not None else ""
+    heads = await sessions_of(request).heads("", model, after, limit)
+    following = _cursor(heads[-1].id) if len(heads) == limit else None
+    return JsonResponse({"data": [session(request, head) for head in heads], "next_cursor": following})
+
+
+@router.get("/{session_id}", responses=described(200, "the session", "Session", *ERRORS))
+async def get(request: Request, session_id: SessionId) -> Response:
+    """Look at a session."""
+    return JsonResponse(session(request, await sessions_of(request).head(key_of(session_id))))
+
+
+@router.patch(
+    "/{session_id}",
+    openapi_extra=body_of(UpdateBody, describe={"metadata": {"room": "kitchen"}}),
+    responses=described(200, "the session", "Session", *ERRORS),
+)
+async def update(request: Request, session_id: SessionId) -> Response:
+    """Change a session's metadata or time to live."""
+    body = await read(request, UpdateBody)
+    metadata = _checked_metadata(body.metadata)
+    work = sessions_of(request).update(key_of(session_id), metadata, body.ttl_s)
+    return JsonResponse(session(request, await while_connected(request, work)))
+
+
+@router.delete("/{session_id}", status_code=204, responses=described(204, "it is closed", None, "session_not_found"))
+async def delete(request: Request, session_id: SessionId) -> Response:
+    """Close a session, also when it is closed already."""
+    await sessions_of(request).delete(key_of(session_id))
+    return Response(status_code=204)
+
+
+@router.post("/{session_id}/cancel", responses=described(200, "the session", "Session", *ERRORS))
+async def cancel(request: Request, session_id: SessionId) -> Response:
+    """End a running or suspended generate where it stands."""
+    return JsonResponse(session(request, await sessions_of(request).cancel(key_of(session_id))))
+
+
+@router.post(
+    "/{session_id}/steps",
+    openapi_extra=body_of(
+        StepsBody,
+        text={"inputs": "To be, or not to be", "model": "shakespeare"},
+        values={"inputs": [[35.0], [32.5]], "model": "temperature", "predictions": "all"},
+        fenced={"inputs": "his", "position": 9},
+    ),
+    responses=described(200, "what the network says now", "Steps", *ERRORS, "position_mismatch", "unknown_symbol"),
+)
+async def steps(request: Request, session_id: SessionId) -> Response:
+    """Feed a sequence; all of it is kept, or nothing."""
+    body = await read(request, StepsBody)
+    opening = Opening(body.model, body.version, body.seed, body.position)
+    work = sessions_of(request).feed(key_of(session_id), body.inputs, opening, body.predictions != "all")
+    return JsonResponse(steps_answer(await while_connected(request, work), body))
+
+
+def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
+    """The answer to a feed."""
+    answer: dict[str, Any] = {
+        **_where(fed.head),
+        "steps": len(fed.entries),
+    }
+    if fed.done.created:
+        answer["created"] = True
+    answer["predictions"] = [] if body.predictions == "none" else predictions(fed, body.alternatives)
+    return answer
+
+
+def predictions(fed: Fed, alternatives: int) -> list[dict[str, Any]]:
+    """The predictions at the positions that were asked for."""
+    shown = len(next(iter(fed.done.outputs.values())))
+    first = fed.head.position - shown + 1
+    entries = fed.entries[len(fed.entries) - shown :]
+    return fed.model.engine.codec.predictions(fed.done.outputs, first, fed.done.before, entries, alternatives)
+
+
+@router.post(
+    "/{session_id}/forecast",
+    openapi_extra=body_of(ForecastBody, day={"horizon": 24}),
+    responses=described(200, "the steps ahead", "Forecast", *ERRORS, "empty_session", "task_mismatch"),
+)
+async def forecast(request: Request, session_id: SessionId) -> Response:
+    """Roll the session forward on its own predictions; the session does not change."""
+    body = await read(request, ForecastBody)
+    sessions = sessions_of(request)
+    key = key_of(session_id)
+    manifest = sessions.model_of(await sessions.head(key)).bundle.manifest
+    if manifest.task != "forecaster":
+        raise Problem("task_mismatch", f"{manifest.name} is a {manifest.task}: forecast is for forecasters")
+    levels = _levels(body, manifest.quantiles)
+    model, done, paths = await while_connected(
+        request, sessions.forecast(key, body.horizon, body.future, body.samples, body.seed)
+    )
+    assert done.head is not None
+    steps = [_forecast_step(model.engine.codec, done, i) for i in range(body.horizon)]
+    if paths:
+        _lay_sampled_quantiles(steps, paths, levels, [target.name for target in manifest.targets])
+    return JsonResponse({**_where(done.head), "forecast": steps})
+
+
+def _levels(body: ForecastBody, own: tuple[float, ...]) -> list[float]:
+    """The quantile levels of the answer; raises Problem when they can not be had."""
+    if (body.samples or body.quantiles) and not own:
+        raise Problem("task_mismatch", "the model predicts no quantiles: ask for none and for no samples")
+    levels = body.quantiles if body.quantiles is not None else list(own)
+    if any(not 0 < level < 1 for level in levels):
+        raise invalid("quantiles lie between 0 and 1", "/quantiles")
+    if not body.samples and any(level not in own for level in levels):
+        raise invalid(f"without samples only the model's own: {', '.join(map(str, own))}", "/quantiles")
+    return sorted(set(levels))
+
+
+def _forecast_step(codec: Codec, done: Done, i: int) -> dict[str, Any]:
+    return {"step": i + 1, **codec.forecast({name: array[i] for name, array in done.outputs.items()})}
+
+
+def _lay_sampled_quantiles(
+    steps: list[dict[str, Any]], paths: list[Done], levels: list[float], targets: list[str]
+) -> None:
+    """Put the quantiles over the sampled paths in place of the model's own one-step quantiles."""
+    drawn = np.stack([path.outputs["mean"] for path in paths]).astype(np.float64)
+    found = np.quantile(drawn, levels, axis=0)
+    for i, step in enumerate(steps):
+        step["quantiles"] = {
+            str(level): dict(zip(targets, found[j, i].tolist(), strict=True)) for j, level in enumerate(levels)
+        }
+
+
+@router.get("/{session_id}/state", responses=described(200, "the state, by the manifest's names", "State", *ERRORS))
+async def state(request: Request, session_id: SessionId) -> Response:
+    """Look at the memory itself: the state after the newest committed entry."""
+    model, done = await while_connected(request, sessions_of(request).state(key_of(session_id)))
+    assert done.head is not None
+    arrays = {spec.name: array.tolist() for spec, array in zip(model.bundle.manifest.states, done.row, strict=True)}
+    return JsonResponse({**_where(done.head), "state": arrays})
+
+
+# ---------------------------------------------------------------------- formats
+
+
+def _where(head: Head) -> dict[str, Any]:
+    """Which session, and where it stands."""
+    return {"session": head.id, "epoch": head.epoch, "position": head.position}
+
+
+def session(request: Request, head: Head) -> dict[str, Any]:
+    """A session as clients see it."""
+    return {
+        "id": head.id,
+        "model": head.model,
+        "version": head.version,
+        "epoch": head.epoch,
+        "position": head.position,
+        "seed": head.seed,
+        "created_at": timestamp(head.created_ms),
+        "updated_at": timestamp(head.updated_ms),
+        "expires_at": timestamp(head.expires_ms) if head.expires_ms is not None else None,
+        "metadata": head.metadata,
+        "parent": msgspec.to_builtins(head.parent) if head.parent is not None else None,
+        "state_bytes": sessions_of(request).model_of(head).bundle.manifest.state_bytes,
+    }
+
+
+def timestamp(ms: int) -> str:
+    """RFC 3339, UTC, to the millisecond."""
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def new_id() -> str:
+    """An unguessable session id."""
+    return secrets.token_hex(16)
+
+
+def _checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
+    if metadata is not None and len(msgspec.json.encode(metadata)) > MAX_METADATA_BYTES:
+        raise invalid(f"at most {MAX_METADATA_BYTES} bytes of JSON", "/metadata")
+    return metadata
+
+
+def _cursor(session_id: str) -> str:
+    return base64.urlsafe_b64encode(session_id.encode()).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+    except (binascii.Error, ValueError) as error:
+        raise invalid("not a cursor of this service", "/cursor") from error

@@ -1,0 +1,272 @@
+"""Generate: as one JSON answer or as server-sent events that can be cut and resumed.
+
+An event's id stands in the same block as its data and pings have no blank line of their own: clients that keep
+the last id would otherwise take a ping for an empty event.
+"""
+
+import asyncio
+import re
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import Field
+from starlette.types import Receive, Scope, Send
+
+from service.api.errors import document
+from service.api.requests import (
+    ModelName,
+    Position,
+    Seed,
+    Strict,
+    Version,
+    body_of,
+    check_max_tokens,
+    key_of,
+    read,
+    sessions_of,
+    while_connected,
+)
+from service.api.responses import ERRORS, JsonResponse, described
+from service.api.sessions import SessionId
+from service.errors import Problem, invalid
+from service.session import Opening, Reader, Run, new_seed
+from service.store.base import Generation
+from service.work import Done, Token
+
+router = APIRouter(prefix="/v1", tags=["generate"])
+
+PING_S = 15.0
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+_EVENT_ID = re.compile(r"^([0-9]{1,15})\.([0-9]{1,16})(-end)?$")
+
+
+class GenerateBody(Strict):
+    """What to write."""
+
+    inputs: Any = Field(default=None, description="a prompt to feed first: a string, symbols or ids")
+    max_tokens: int = Field(default=100, ge=1, description="at most RECURRA_MAX_TOKENS")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy")
+    top_k: int = Field(default=0, ge=0, description="draw among the k most likely; 0: among all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="draw among the fewest that reach this probability")
+    stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)] = Field(
+        default_factory=list
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="show that many likely symbols a token")
+    stream: bool = False
+    seed: Seed | None = None
+    version: Version | None = None
+
+
+class SessionGenerateBody(GenerateBody):
+    """What to write, going on from a session's memory."""
+
+    position: Position | None = None
+    model: ModelName | None = None
+
+
+def generation_of(body: GenerateBody) -> Generation:
+    """A generate's parameters as they are committed."""
+    return Generation(
+        start=0,
+        prompt_tokens=0,
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        seed=0,
+        stop=tuple(body.stop),
+        logprobs=body.logprobs or 0,
+    )
+
+
+@router.post(
+    "/sessions/{session_id}/generate",
+    openapi_extra=body_of(
+        SessionGenerateBody, streamed={"inputs": "ROMEO.\n", "max_tokens": 200, "stream": True, "model": "shakespeare"}
+    ),
+    responses=described(200, "the text, or a stream of tokens", "Generated", *ERRORS, "task_mismatch", "empty_session"),
+)
+async def generate(request: Request, session_id: SessionId) -> Response:
+    """Draw tokens and go on remembering; with `stream` each is sent as soon as it is committed."""
+    body = await read(request, SessionGenerateBody)
+    check_max_tokens(request, body.max_tokens)
+    opening = Opening(body.model, body.version, body.seed, body.position)
+    work = sessions_of(request).generate(key_of(session_id), body.inputs, generation_of(body), opening)
+    run = await while_connected(request, work)
+    return await answer(request, run, body, session_id)
+
+
+@router.post(
+    "/models/{model}/generate",
+    openapi_extra=body_of(GenerateBody, streamed={"inputs": "ROMEO.\n", "max_tokens": 200, "stream": True}),
+    responses=described(200, "the text, or a stream of tokens", "Generated", "model_not_found", "task_mismatch"),
+)
+async def generate_alone(request: Request, model: str) -> Response:
+    """Generate without a session: nothing is kept."""
+    body = await read(request, GenerateBody)
+    check_max_tokens(request, body.max_tokens)
+    loaded = request.app.state.registry.get(model, body.version)
+    seed = body.seed if body.seed is not None else new_seed()
+    generation = msgspec.structs.replace(generation_of(body), seed=seed)
+    run = sessions_of(request).generate_alone(loaded, body.inputs, generation)
+    return await answer(request, run, body, None)
+
+
+async def answer(request: Request, run: Run, body: GenerateBody, session_id: str | None) -> Response:
+    """A run as JSON, or as a stream once it is known not to fail at once."""
+    if not body.stream:
+        done = await while_connected(request, run.finish())
+        return JsonResponse(_generated(run, done, body, session_id))
+    return EventStream(b"", await while_connected(request, run.begun()))
+
+
+def _generated(run: Run, done: Done, body: GenerateBody, session_id: str | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"session": session_id} if session_id is not None else {}
+    if done.head is not None:
+        found |= {"epoch": done.head.epoch, "position": done.head.position}
+    if done.created:
+        found["created"] = True
+    found["text"] = "".join(token.text for token in run.tokens) + done.rest
+    found["tokens"] = [token.token for token in run.tokens]
+    if body.logprobs is not None:
+        found["logprobs"] = [
+            {"token": t.token, "logprob": t.logprob, "alternatives": t.alternatives or []} for t in run.tokens
+        ]
+    return found | _ending(done.generation, len(run.tokens))
+
+
+def _ending(generation: Generation | None, tokens: int) -> dict[str, Any]:
+    reason = generation.finish_reason if generation is not None else "cancelled"
+    prompt = generation.prompt_tokens if generation is not None else 0
+    return {"finish_reason": reason, "usage": {"prompt_tokens": prompt, "completion_tokens": tokens}}
+
+
+@router.get(
+    "/sessions/{session_id}/events",
+    responses=described(200, "the rest of the stream", "Generated", *ERRORS, "log_truncated", "bad_request"),
+)
+async def events(
+    request: Request,
+    session_id: SessionId,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+    last_event_id: Annotated[str | None, Header(max_length=64)] = None,
+) -> Response:
+    """Resume a cut generate after an event id: the tokens that are missing, then the rest as it is drawn."""
+    epoch, position, ended = _event_id(last_event_id or after)
+    if ended:
+        await sessions_of(request).head(key_of(session_id))
+        return Response(status_code=204)
+    replay = await while_connected(request, sessions_of(request).events(key_of(session_id), epoch, position))
+    if replay is None:
+        return Response(status_code=204)
+    blocks = b"".join(_token_block(replay.head.epoch, token) for token in replay.tokens)
+    if replay.run is not None:
+        return EventStream(blocks, await while_connected(request, replay.run.begun()), replay.after)
+    assert replay.head.generation is not None
+    return EventStream(blocks + _done_block(replay.head.epoch, replay.head.generation, replay.rest))
+
+
+def _event_id(given: str | None) -> tuple[int, int, bool]:
+    if not given:
+        raise Problem("bad_request", "say after which event: Last-Event-ID: 1.40, or ?after=1.40")
+    found = _EVENT_ID.match(given)
+    if found is None:
+        raise invalid("an event id is <epoch>.<position>, as in 1.40", "/after")
+    return int(found[1]), int(found[2]), found[3] is not None
+
+
+# ---------------------------------------------------------------------- events
+
+
+class EventStream(Response):
+    """Server-sent events: what the log has, then what a run draws, until its end or until the client leaves."""
+
+    def __init__(self, replayed: bytes, reader: Reader | None = None, after: int = 0) -> None:
+        super().__init__(None, 200, HEADERS, "text/event-stream")
+        del self.headers["content-length"]
+        self._replayed = replayed
+        self._reader = reader
+        self._after = after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until there is no more to send or nobody to send to."""
+        sending = asyncio.ensure_future(self._send(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            if self._reader is not None:
+                self._reader.close()
+            for task in (sending, leaving):
+                task.cancel()
+            await asyncio.wait((sending, leaving))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        if self._replayed:
+            await _send_part(send, self._replayed)
+        if self._reader is not None:
+            await self._follow(self._reader, send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _follow(self, reader: Reader, send: Send) -> None:
+        epoch = reader.run.epoch
+        while tokens := await self._next(reader, send):
+            blocks = [_token_block(epoch, token) for token in tokens if token.position > self._after]
+            if blocks:
+                await _send_part(send, b"".join(blocks))
+        if (end := _end_block(reader.run)) is not None:
+            await _send_part(send, end)
+
+    async def _next(self, reader: Reader, send: Send) -> list[Token]:
+        following = asyncio.ensure_future(reader.next())
+        try:
+            while not (await asyncio.wait((following,), timeout=PING_S))[0]:
+                await _send_part(send, b": ping\n")
+            return following.result()
+        finally:
+            following.cancel()
+
+
+async def _send_part(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _end_block(run: Run) -> bytes | None:
+    """The last event; none for a suspended run, whose stream ends without `done` and is resumed."""
+    if run.suspended:
+        return None
+    try:
+        done = run.outcome()
+    except Problem as problem:
+        return _block("error", None, document(problem))
+    assert done.generation is not None
+    return _done_block(run.epoch, done.generation, done.rest)
+
+
+def _token_block(epoch: int, token: Token) -> bytes:
+    data = {"position": token.position, "token": token.token, "text": token.text, "logprob": token.logprob}
+    return _block("token", f"{epoch}.{token.position}", data)
+
+
+def _done_block(epoch: int, generation: Generation, rest: str) -> bytes:
+    assert generation.end is not None
+    ending = _ending(generation, generation.end - generation.start)
+    data = {"finish_reason": ending["finish_reason"], "epoch": epoch, "position": generation.end}
+    if rest:
+        data["text"] = rest
+    return _block("done", f"{epoch}.{generation.end}-end", data | {"usage": ending["usage"]})
+
+
+def _block(event: str, event_id: str | None, data: dict[str, Any]) -> bytes:
+    named = f"id: {event_id}\n" if event_id is not None else ""
+    return f"event: {event}\n{named}".encode() + b"data: " + msgspec.json.encode(data) + b"\n\n"

@@ -1,0 +1,107 @@
+"""The application: settings, store, models, sessions and routes put together."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import metrics
+from service.api import errors, models, operations, sessions, streaming
+from service.registry import Registry
+from service.session import Sessions
+from service.settings import Settings
+from service.store.base import Store
+from service.store.memory import MemoryStore
+from service.store.sqlite import SqliteStore
+from service.work import Event, Listener
+
+log = structlog.get_logger(__name__)
+
+VERSION = "0.1.0"
+SWEEP_EVERY_S = 30.0
+
+
+def open_store(settings: Settings) -> Store:
+    """The store that the settings name; raises StoreError."""
+    if settings.store == "memory":
+        return MemoryStore()
+    return SqliteStore(settings.data_dir, settings.durability)
+
+
+def create_app(settings: Settings, store: Store) -> FastAPI:
+    """The service as an ASGI application, on an open store."""
+    app = FastAPI(
+        title="Recurra",
+        version=VERSION,
+        summary="Recurrent networks that keep remembering.",
+        lifespan=_lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.settings = settings
+    app.state.store = store
+    for module in (models, sessions, streaming, operations):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(CountRequests)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    loop = asyncio.get_running_loop()
+
+    def post(events: list[tuple[Listener, Event]]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            loop.call_soon_threadsafe(_deliver, events)
+
+    registry = await asyncio.to_thread(Registry, settings, app.state.store, post)
+    app.state.registry = registry
+    app.state.sessions = Sessions(registry, app.state.store, settings.session_ttl_s, settings.session_wait_ms / 1000)
+    registry.start()
+    sweeper = asyncio.create_task(_every(SWEEP_EVERY_S, app.state.sessions.sweep))
+    try:
+        yield
+    finally:
+        sweeper.cancel()
+        await app.state.sessions.drain(settings.grace_s)
+        await asyncio.to_thread(registry.stop)
+        await asyncio.to_thread(app.state.store.close)
+        log.info("stopped")
+
+
+def _deliver(events: list[tuple[Listener, Event]]) -> None:
+    for listener, event in events:
+        listener(event)
+
+
+async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await work()
+        except Exception:
+            log.exception("sweep_failed")
+
+
+class CountRequests:
+    """Counts answers by method and status."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on and note the answer's status."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                metrics.REQUESTS.labels(scope["method"], str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)

@@ -1,0 +1,243 @@
+"""The bundle: what a served model is on disk, `models/<name>/<version>/`.
+
+A bundle is one ONNX step graph and a manifest that says everything the service needs to know about it. It is
+immutable: a session pins the sha256 of the graph. This module is the contract between training (which writes
+bundles) and the service (which reads them); it imports neither torch nor onnxruntime.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+MANIFEST = "manifest.json"
+GRAPH = "model.onnx"
+GOLDEN = "golden.safetensors"
+CARD = "README.md"
+SAMPLER = "inverse-cdf-1"
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "int64": np.dtype(np.int64),
+    "int32": np.dtype(np.int32),
+}
+
+Task = Literal["language-model", "forecaster", "regressor", "classifier", "multi-label", "raw"]
+InputKind = Literal["text", "symbols", "values", "tensors"]
+DType = Literal["float32", "float64", "int64", "int32"]
+Axis = Annotated[int, Field(ge=1)] | Literal["T", "B"]
+
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
+
+
+class BundleError(Exception):
+    """A bundle that must not be served; the message says which rule it breaks."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Strict):
+    """One input or output of the graph; `shape` is time-major and names the axes "T" (time) and "B" (batch)."""
+
+    name: str = Field(min_length=1, max_length=256)
+    dtype: DType
+    shape: tuple[Axis, ...]
+
+
+class StateSpec(_Strict):
+    """One state tensor: fed to `input`, read from `output`, zero (or `initial`) at position 0."""
+
+    name: str = Field(min_length=1, max_length=256, description="how people see it: h, c")
+    input: str
+    output: str
+    dtype: DType = "float32"
+    shape: tuple[Axis, ...] = Field(description='e.g. [2, "B", 256]: layers, batch, hidden')
+    batch_axis: int = Field(ge=0)
+    initial: float = 0.0
+
+    @model_validator(mode="after")
+    def _batch_axis_is_named(self) -> "StateSpec":
+        if self.batch_axis >= len(self.shape) or self.shape[self.batch_axis] != "B":
+            raise ValueError(f"state {self.name!r}: batch_axis {self.batch_axis} is not the axis named 'B'")
+        if sum(isinstance(axis, str) for axis in self.shape) != 1:
+            raise ValueError(f"state {self.name!r}: all axes but the batch axis must be numbers")
+        return self
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one session's state: the batch axis left out."""
+        return tuple(axis for axis in self.shape if isinstance(axis, int))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one session's state in this tensor."""
+        return int(np.prod(self.row_shape)) * DTYPES[self.dtype].itemsize
+
+
+class Feature(_Strict):
+    """One column of the values that a model is fed, in the data's own units."""
+
+    name: str = Field(min_length=1, max_length=128)
+    unit: str = ""
+    period: float = Field(default=0.0, ge=0, description="0, or the period of a cyclic feature (hour of day: 24)")
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+    fill: Literal["last", "mean"] | None = Field(default=None, description="what JSON null becomes")
+
+
+class Target(_Strict):
+    """One predicted value, in the data's own units; `std` is that of the training data."""
+
+    name: str = Field(min_length=1, max_length=128)
+    unit: str = ""
+    std: float = Field(default=1.0, gt=0)
+
+
+class Splitter(_Strict):
+    """How a string becomes symbols: one a character, or words and single punctuation marks."""
+
+    kind: Literal["characters", "words"]
+    lowercase: bool = False
+
+    def split(self, text: str) -> list[str]:
+        """The symbols of a text, in order."""
+        text = text.lower() if self.lowercase else text
+        return list(text) if self.kind == "characters" else _WORD.findall(text)
+
+    @property
+    def separator(self) -> str:
+        """What stands between two symbols in a text."""
+        return "" if self.kind == "characters" else " "
+
+
+class Window(_Strict):
+    """The answer is the fold of the last `window` entries from the initial state."""
+
+    window: int = Field(ge=1)
+
+
+class Manifest(_Strict):
+    """Everything about one version of a model; `docs/manifest.md` shows one in full."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=NAME_PATTERN)
+    version: int = Field(ge=1, le=2**31 - 1)
+    created: str = Field(description="RFC 3339, UTC")
+    task: Task
+    input_kind: InputKind
+    cell: str
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    memory: Literal["carried"] | Window = "carried"
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    states: tuple[StateSpec, ...] = Field(min_length=1)
+    symbols: tuple[str, ...] = Field(default=(), description="the vocabulary, in the order of the ids")
+    splitter: Splitter | None = None
+    start_symbol: str | None = None
+    features: tuple[Feature, ...] = ()
+    targets: tuple[Target, ...] = ()
+    quantiles: tuple[float, ...] = ()
+    labels: tuple[str, ...] = ()
+    sampler: Literal["inverse-cdf-1"] = "inverse-cdf-1"
+    files: dict[str, str] = Field(description="sha256 of each file of the bundle but the manifest")
+    training: dict[str, Any] = Field(default_factory=dict, description="provenance: command, seed, data, ...")
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    checks: dict[str, Any] = Field(default_factory=dict, description="what the export verified")
+
+    @model_validator(mode="after")
+    def _task_has_what_it_needs(self) -> "Manifest":
+        if self.input_kind in ("text", "symbols"):
+            if not self.symbols or self.splitter is None:
+                raise ValueError(f"input_kind {self.input_kind!r} needs symbols and a splitter")
+            if len(set(self.symbols)) != len(self.symbols):
+                raise ValueError("symbols repeat")
+            if self.start_symbol is not None and self.start_symbol not in self.symbols:
+                raise ValueError("start_symbol is not one of the symbols")
+        if self.input_kind == "values" and not self.features:
+            raise ValueError("input_kind 'values' needs features")
+        if self.task == "language-model" and not self.symbols:
+            raise ValueError("a language-model needs symbols")
+        if self.task in ("forecaster", "regressor") and not self.targets:
+            raise ValueError(f"a {self.task} needs targets")
+        if self.task in ("classifier", "multi-label") and not self.labels:
+            raise ValueError(f"a {self.task} needs labels")
+        if list(self.quantiles) != sorted(set(self.quantiles)) or any(not 0 < q < 1 for q in self.quantiles):
+            raise ValueError("quantiles must be ascending numbers between 0 and 1")
+        return self
+
+    @property
+    def graph_sha256(self) -> str:
+        """What a session pins."""
+        return self.files[GRAPH]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one session's whole state."""
+        return sum(state.nbytes for state in self.states)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A manifest and the folder it came from, every checksum verified."""
+
+    manifest: Manifest
+    path: Path
+
+    @property
+    def graph(self) -> Path:
+        """The ONNX graph's file."""
+        return self.path / GRAPH
+
+    @property
+    def golden(self) -> Path:
+        """The golden example's file."""
+        return self.path / GOLDEN
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load(path: Path) -> Bundle:
+    """Read and verify the bundle in `path`; raises BundleError naming the broken rule."""
+    try:
+        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"{MANIFEST} is missing") from error
+    except ValidationError as error:
+        raise BundleError(f"{MANIFEST} is not valid: {_first_error(error)}") from error
+    if (manifest.name, str(manifest.version)) != (path.parent.name, path.name):
+        raise BundleError(f"{MANIFEST} is of {manifest.name}/{manifest.version}, not of this folder")
+    for required in (GRAPH, GOLDEN):
+        if required not in manifest.files:
+            raise BundleError(f"{MANIFEST} lists no checksum for {required}")
+    for name, expected in manifest.files.items():
+        _verify_file(path, name, expected)
+    return Bundle(manifest, path)
+
+
+def _verify_file(path: Path, name: str, expected: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
+    if not (path / name).is_file():
+        raise BundleError(f"{name} is missing")
+    if sha256_of(path / name) != expected:
+        raise BundleError(f"{name} does not match its checksum")
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = "/".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])

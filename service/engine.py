@@ -1,0 +1,313 @@
+"""The engine: one thread a model version; one tick advances many sessions.
+
+schedule -> fold -> draw -> commit -> reply. Rows enter and leave between ticks; a reply leaves after its commit.
+"""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+import structlog
+
+from service import metrics, state
+from service.errors import Problem, not_ready, overloaded
+from service.runner import Folded, Runner
+from service.sampling import sample
+from service.scheduler import Scheduler
+from service.state import Array
+from service.store.base import Applied, Commit, CommitUnknown, Head, Key, Result, Store, StoreError
+from service.tasks import Codec
+from service.work import Event, Failed, Generate, Listener, LostRace, Resident, SessionWork, Work
+
+log = structlog.get_logger(__name__)
+
+Post = Callable[[list[tuple[Listener, Event]]], None]
+"""Takes a tick's events to the event loop; called on the engine's thread."""
+
+
+class Engine:
+    """Runs the work of one model version, batched, on a thread of its own."""
+
+    def __init__(
+        self, runner: Runner, store: Store, post: Post, max_batch: int, max_queue_steps: int, max_resident: int
+    ) -> None:
+        self.manifest = runner.manifest
+        self.codec = Codec(runner.manifest)
+        self.numerics = runner.numerics
+        self._runner = runner
+        self._store = store
+        self._post = post
+        self._max_queue_steps = max_queue_steps
+        self._max_resident = max_resident
+        self._scheduler: Scheduler[Work] = Scheduler(max_batch)
+        self._residents: OrderedDict[Key, Resident] = OrderedDict()
+        self._arrived = threading.Condition()
+        self._inbox: deque[Work] = deque()
+        self._unscheduled: list[Work] = []
+        self._queued_steps = 0
+        self._stopping = False
+        labels = (self.manifest.name, str(self.manifest.version))
+        self._steps = metrics.STEPS.labels(*labels)
+        self._tokens = metrics.TOKENS.labels(*labels)
+        self._batch_rows = metrics.BATCH_ROWS.labels(*labels)
+        self._run_seconds = metrics.RUN_SECONDS.labels(*labels)
+        self._wakes = metrics.WAKES.labels(*labels)
+        metrics.RESIDENT.labels(*labels).set_function(lambda: len(self._residents))
+        metrics.QUEUED_STEPS.labels(*labels).set_function(lambda: self._queued_steps)
+        self._thread = threading.Thread(target=self._run, name=f"engine-{'-'.join(labels)}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to tick."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what is queued, then end the thread."""
+        with self._arrived:
+            self._stopping = True
+            self._arrived.notify()
+        self._thread.join()
+
+    def submit(self, work: Work) -> None:
+        """Queue a piece of work, from any thread; raises Problem `overloaded` when the queue is full."""
+        with self._arrived:
+            if self._stopping:
+                raise not_ready("the service is stopping")
+            if self._queued_steps and self._queued_steps + work.cost > self._max_queue_steps:
+                raise overloaded(f"more than {self._max_queue_steps} steps are waiting; try again later")
+            self._queued_steps += work.cost
+            self._inbox.append(work)
+            self._arrived.notify()
+
+    def wake(self) -> None:
+        """Make the engine look at its work's `stop` flags soon."""
+        with self._arrived:
+            self._arrived.notify()
+
+    # ------------------------------------------------------------------ the loop
+
+    def _run(self) -> None:
+        while self._admit():
+            self._tick()
+
+    def _admit(self) -> bool:
+        """Begin what has arrived; wait while there is nothing to do. False: stop."""
+        with self._arrived:
+            while not (self._inbox or self._unscheduled or len(self._scheduler)):
+                if self._stopping:
+                    return False
+                self._arrived.wait()
+            arrived, self._inbox = self._inbox, deque()
+        for work in arrived:
+            self._begin(work)
+        return True
+
+    def _begin(self, work: Work) -> None:
+        try:
+            work.begin(self)
+        except Problem as problem:
+            work.end(Failed(problem))
+        except StoreError as error:
+            log.error("store_failed", error=str(error))
+            work.end(Failed(not_ready("the store can not be read")))
+        except Exception:
+            log.exception("work_failed", model=self.manifest.name)
+            work.end(Failed(Problem("internal", "the work could not be begun")))
+        self._queue(work)
+
+    def _queue(self, work: Work) -> None:
+        if work.remaining and not work.finished:
+            self._scheduler.add(work)
+        else:
+            self._unscheduled.append(work)
+
+    def _tick(self) -> None:
+        batch = self._scheduler.next()
+        works, self._unscheduled = self._unscheduled, []
+        if batch is not None:
+            works += batch.rows
+        try:
+            self._halt(works)
+            if batch is not None:
+                self._fold([work for work in batch.rows if not work.halted], batch.steps)
+            self._draw([work for work in works if isinstance(work, Generate) and work.wants_token])
+            self._commit(works)
+            self._advance(works)
+        except Exception:
+            # A defect must not end the thread that everybody waits for.
+            log.exception("tick_failed", model=self.manifest.name)
+            self._abort(works)
+        self._reply(works)
+
+    def _halt(self, works: list[Work]) -> None:
+        for work in works:
+            if work.stop is not None and not work.finished:
+                work.halted = True
+                work.halt()
+
+    def _abort(self, works: list[Work]) -> None:
+        for work in works:
+            if isinstance(work, SessionWork):
+                self._hold(work.key, None)
+            if not work.finished:
+                work.end(Failed(Problem("internal", "the service failed on this request")))
+
+    # ------------------------------------------------------------------ fold
+
+    def _fold(self, works: list[Work], steps: int) -> None:
+        if not works:
+            return
+        started = perf_counter()
+        try:
+            folded = self._runner.run([work.chunk(steps) for work in works], [work.row for work in works])
+        except Exception:
+            log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=steps)
+            self._fold_alone(works, steps)
+            return
+        self._run_seconds.observe(perf_counter() - started)
+        self._batch_rows.observe(len(works))
+        self._steps.inc(steps * len(works))
+        self._scatter(works, folded)
+
+    def _scatter(self, works: list[Work], folded: Folded) -> None:
+        finite = all(np.isfinite(array).all() for array in folded.outputs.values())
+        for i, work in enumerate(works):
+            outputs = {name: np.ascontiguousarray(array[:, i]) for name, array in folded.outputs.items()}
+            if finite or all(np.isfinite(array).all() for array in outputs.values()):
+                work.folded(outputs, folded.rows[i])
+            else:
+                self._fail(work, Problem("numeric_fault", "the model produced a number that is not finite"))
+
+    def _fold_alone(self, works: list[Work], steps: int) -> None:
+        """After a batch failed: each row once alone, so that one bad row harms no other."""
+        for work in works:
+            try:
+                self._scatter([work], self._runner.run([work.chunk(steps)], [work.row]))
+            except Exception:
+                log.exception("row_failed", model=self.manifest.name)
+                self._fail(work, Problem("internal", "the model could not be run on these inputs"))
+
+    def _fail(self, work: Work, problem: Problem) -> None:
+        work.end(Failed(problem))
+
+    # ------------------------------------------------------------------ draw
+
+    def _draw(self, works: list[Generate]) -> None:
+        if not works:
+            return
+        logits = np.stack([work.logits for work in works])
+        uniform = np.array([work.uniform() for work in works])
+        tokens = sample(logits, [work.sampling for work in works], uniform)
+        for work, token in zip(works, tokens.tolist(), strict=True):
+            work.take(token)
+        self._tokens.inc(len(works))
+
+    # ------------------------------------------------------------------ commit
+
+    def _commit(self, works: list[Work]) -> None:
+        due = [(work, commit) for work in works if not work.finished and (commit := work.commit()) is not None]
+        if due:
+            started = perf_counter()
+            results = self._committed(due)
+            metrics.COMMIT_SECONDS.observe(perf_counter() - started)
+            for (work, commit), result in zip(due, results, strict=True):
+                self._settle(work, commit.head.key, result)
+
+    def _committed(self, due: list[tuple[Work, Commit]]) -> list[Result | Problem]:
+        try:
+            return list(self._store.commit([commit for _, commit in due]))
+        except CommitUnknown as error:
+            log.error("commit_unknown", error=str(error))
+            return [Problem("commit_unknown", "it is not known whether the step was stored: read the session")] * len(
+                due
+            )
+        except StoreError as error:
+            log.error("commit_failed", error=str(error))
+            return [not_ready("the store can not be written; nothing was changed")] * len(due)
+
+    def _settle(self, work: Work, key: Key, result: Result | Problem) -> None:
+        if isinstance(result, Applied):
+            metrics.COMMITS.labels("applied").inc()
+            self._hold(key, work.applied(result.head))
+            return
+        self._hold(key, None)
+        if isinstance(result, Problem):
+            metrics.COMMITS.labels("failed").inc()
+            work.end(Failed(result))
+        else:
+            metrics.COMMITS.labels("conflict").inc()
+            work.end(LostRace(result.head))
+
+    # ------------------------------------------------------------------ reply
+
+    def _advance(self, works: list[Work]) -> None:
+        for work in works:
+            if not work.finished:
+                work.advance()
+
+    def _reply(self, works: list[Work]) -> None:
+        posted: list[tuple[Listener, Event]] = []
+        for work in works:
+            posted += [(work.listener, event) for event in work.events]
+            work.events = []
+            if not work.finished:
+                self._queue(work)
+        ended = sum(work.cost for work in works if work.finished)
+        if ended:
+            with self._arrived:
+                self._queued_steps -= ended
+        if posted:
+            self._post(posted)
+
+    # ------------------------------------------------------------------ sessions in memory
+
+    def peek(self, key: Key) -> Head | None:
+        """The newest committed head of a session that is in memory; from any thread."""
+        resident = self._residents.get(key)
+        return resident.head if resident is not None else None
+
+    def resident(self, key: Key) -> Resident:
+        """A live session, loaded from the store if need be."""
+        held = self._residents.get(key)
+        if held is not None:
+            self._residents.move_to_end(key)
+            return held
+        head = self._store.head(key)
+        if head is None or head.status != "live":
+            raise Problem("session_not_found", f"there is no session {key[1]!r}")
+        loaded = self._load(head)
+        self._hold(key, loaded)
+        return loaded
+
+    def _load(self, head: Head) -> Resident:
+        """The newest snapshot, and the log after it: at least one entry, which gives the last output back."""
+        snapshot = self._store.snapshot(head.branch, below=head.position)
+        specs = self.manifest.states
+        row = state.load(specs, snapshot.data) if snapshot is not None else state.initial_row(specs)
+        start = snapshot.position if snapshot is not None else 0
+        tail = self._entries(head, start)
+        self._wakes.inc()
+        last = tail[-1] if len(tail) else None
+        return Resident(head, row, start, tail, None, last, start)
+
+    def _entries(self, head: Head, after: int) -> Array:
+        segments = self._store.log(head.branch, after, head.position)
+        return self.codec.entries(b"".join(segment.data for segment in segments))
+
+    def log_entries(self, head: Head, after: int) -> Array:
+        """The session's entries from position after + 1 to its head."""
+        return self._entries(head, after)
+
+    def next_epoch(self, key: Key) -> int:
+        """An epoch that this id has never had."""
+        return self._store.next_epoch(key)
+
+    def _hold(self, key: Key, resident: Resident | None) -> None:
+        if resident is None:
+            self._residents.pop(key, None)
+            return
+        self._residents[key] = resident
+        self._residents.move_to_end(key)
+        if len(self._residents) > self._max_resident:
+            self._residents.popitem(last=False)

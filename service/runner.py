@@ -1,0 +1,157 @@
+"""Runs a bundle's graph: the only importer of onnxruntime.
+
+At load the bundle's golden example is run again: the answers must be those of training, and rows and chunks must
+not change a bit on this machine; where they do, rows are run one at a time and the model says so.
+"""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import safetensors.numpy
+
+from service import state
+from service.bundle import Bundle, BundleError, Manifest, TensorSpec
+from service.state import Array, Row
+
+TOLERANCE = 1e-4
+_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+
+onnxruntime.disable_telemetry_events()
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """What a call gives: outputs [T, B, ...] by name, and each row's next state."""
+
+    outputs: dict[str, Array]
+    rows: list[Row]
+
+
+class Runner:
+    """One loaded graph; `run` folds a chunk of entries into each row's state. Not for two threads at once."""
+
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        self.manifest = bundle.manifest
+        self._session = _open(bundle.graph, threads)
+        _check_signature(self.manifest, self._session)
+        self._input = self.manifest.inputs[0]
+        self._names = [spec.name for spec in self.manifest.outputs]
+        self._fetch = self._names + [spec.output for spec in self.manifest.states]
+        self.batches_exactly, self.numerics = _verify_golden(self, bundle)
+
+    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
+        """Fold chunks of equal length, one a row, each [T, ...], into the rows' states."""
+        if self.batches_exactly or len(rows) == 1:
+            return self._run_batch(chunks, rows)
+        alone = [self._run_batch([chunk], [row]) for chunk, row in zip(chunks, rows, strict=True)]
+        outputs = {name: np.concatenate([one.outputs[name] for one in alone], axis=1) for name in self._names}
+        return Folded(outputs, [one.rows[0] for one in alone])
+
+    def _run_batch(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
+        specs = self.manifest.states
+        feed = {self._input.name: np.stack(chunks, axis=1).astype(self._input.dtype, copy=False)}
+        feed.update(zip((spec.input for spec in specs), state.stack(specs, rows), strict=True))
+        fetched = self._session.run(self._fetch, feed)
+        outputs = dict(zip(self._names, fetched, strict=False))
+        return Folded(outputs, state.unstack(specs, fetched[len(self._names) :]))
+
+
+def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Threads that spin between calls take the core from the event loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types, none of them public
+        raise BundleError(f"the graph can not be loaded: {str(error).splitlines()[0][:300]}") from error
+
+
+def _check_signature(manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+    """The graph's inputs and outputs are those of the manifest, by name, type and rank."""
+    said_in = {(s.name, s.dtype, len(s.shape)) for s in manifest.inputs}
+    said_in |= {(s.input, s.dtype, len(s.shape)) for s in manifest.states}
+    said_out = {(s.name, s.dtype, len(s.shape)) for s in manifest.outputs}
+    said_out |= {(s.output, s.dtype, len(s.shape)) for s in manifest.states}
+    for kind, said, found in (
+        ("inputs", said_in, session.get_inputs()),
+        ("outputs", said_out, session.get_outputs()),
+    ):
+        there = {(node.name, _TYPES.get(node.type, node.type), len(node.shape)) for node in found}
+        if said != there:
+            odd = sorted(str(signature) for signature in said ^ there)
+            raise BundleError(f"the graph's {kind} do not match the manifest: {', '.join(odd)[:300]}")
+    if len(manifest.inputs) != 1 or not _is_time_major(manifest.inputs[0]):
+        raise BundleError("the graph must have one input whose first axes are T and B")
+    if not all(_is_time_major(spec) for spec in manifest.outputs):
+        raise BundleError("the graph's outputs must begin with the axes T and B")
+
+
+def _is_time_major(spec: TensorSpec) -> bool:
+    return spec.shape[:2] == ("T", "B")
+
+
+def _verify_golden(runner: Runner, bundle: Bundle) -> tuple[bool, str]:
+    """Run the golden example again: (whether batching changes no bit here, sha256 of the bits)."""
+    golden = safetensors.numpy.load(bundle.golden.read_bytes())
+    runner.batches_exactly = True
+    chunks = list(np.moveaxis(golden["input"], 1, 0))
+    zero = [state.initial_row(runner.manifest.states)] * len(chunks)
+    whole = runner.run(chunks, zero)
+    _compare(runner.manifest, golden, whole)
+    if not _chunks_agree(runner, chunks, whole):
+        raise BundleError("the graph gives other bits for one call of T steps than for T calls of one step")
+    alone = runner.run(chunks[:1], zero[:1])
+    exact = all(_equal(array[:, :1], alone.outputs[name]) for name, array in whole.outputs.items())
+    exact = exact and all(_equal(a, b) for a, b in zip(whole.rows[0], alone.rows[0], strict=True))
+    return exact, _digest(runner.manifest, alone)
+
+
+def _compare(manifest: Manifest, golden: dict[str, Array], whole: Folded) -> None:
+    scale = {"mean": _target_std(manifest), "quantiles": _target_std(manifest)}
+    for name, array in whole.outputs.items():
+        _close(name, array / scale.get(name, 1.0), golden[f"torch.output.{name}"] / scale.get(name, 1.0))
+    states = state.stack(manifest.states, whole.rows)
+    for spec, array in zip(manifest.states, states, strict=True):
+        _close(spec.name, array, golden[f"torch.state.{spec.name}"])
+
+
+def _target_std(manifest: Manifest) -> Array:
+    return np.array([target.std for target in manifest.targets] or [1.0])
+
+
+def _close(name: str, found: Array, expected: Array) -> None:
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
+        raise BundleError(f"the graph's {name!r} differs from the golden example")
+
+
+def _chunks_agree(runner: Runner, chunks: list[Array], whole: Folded) -> bool:
+    rows = [state.initial_row(runner.manifest.states)] * len(chunks)
+    for t in range(len(chunks[0])):
+        step = runner.run([chunk[t : t + 1] for chunk in chunks], rows)
+        if not all(_equal(array[0], whole.outputs[name][t]) for name, array in step.outputs.items()):
+            return False
+        rows = step.rows
+    return all(
+        _equal(a, b) for row, other in zip(rows, whole.rows, strict=True) for a, b in zip(row, other, strict=True)
+    )
+
+
+def _equal(a: Array, b: Array) -> bool:
+    return a.tobytes() == b.tobytes()
+
+
+def _digest(manifest: Manifest, folded: Folded) -> str:
+    """Names the arithmetic: equal digests promise equal bits."""
+    digest = hashlib.sha256()
+    for part in (manifest.graph_sha256, onnxruntime.__version__, platform.machine(), manifest.sampler):
+        digest.update(part.encode() + b"\0")
+    for array in (*folded.outputs.values(), *folded.rows[0]):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,630 @@
+"""Sessions as their clients see them: one operation after another, streams that can be cut and resumed.
+
+This is the event loop's side of the engine. Operations that change a session take its turn, in order of arrival;
+reads, forecasts and states see the newest committed position and wait for nobody.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec
+
+import msgspec
+import structlog
+
+from service.engine import Engine
+from service.errors import Problem, invalid, not_ready
+from service.registry import Model, Registry
+from service.sampling import MAX_SEED
+from service.state import Array
+from service.store.base import Generation, Head, Key, Segment, Store
+from service.tasks import TextStream
+from service.work import (
+    Change,
+    Done,
+    Event,
+    Failed,
+    Feed,
+    Forecast,
+    Generate,
+    Listener,
+    LostRace,
+    NewSession,
+    Path,
+    Peek,
+    Predict,
+    Suspended,
+    Token,
+    Work,
+    cancelled,
+    closed,
+)
+
+log = structlog.get_logger(__name__)
+
+P = ParamSpec("P")
+
+MAX_WAITING = 16
+MAX_RACES = 3
+
+
+def new_seed() -> int:
+    """A random seed."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a request says of the session it means: how to create it, and where it is believed to stand."""
+
+    model: str | None = None
+    version: int | None = None
+    seed: int | None = None
+    position: int | None = None
+    ttl_s: int | None = None
+    metadata: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """The outcome of a feed: the model, the entries as fed, and what the engine answered."""
+
+    model: Model
+    entries: Array
+    done: Done
+    head: Head
+
+
+class _Race(Exception):
+    """Another replica moved the session first."""
+
+    def __init__(self, head: Head | None) -> None:
+        super().__init__("lost a race")
+        self.head = head
+
+
+class _Turn:
+    """Who may change a session now, and who waits for it."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+class Run:
+    """A generate that runs: its tokens so far, and those who read them.
+
+    When nobody reads any more it is suspended at a committed position.
+    """
+
+    def __init__(self, model: Model, base: Head | None, on_end: Callable[[], None]) -> None:
+        self.model = model
+        self.base = base
+        """the session's head when the run began (None: no session, or it is being created)"""
+        self.tokens: list[Token] = []
+        self.end: Event | None = None
+        self._on_end = on_end
+        self._news = asyncio.Event()
+        self.readers = 0
+        self.work: Generate | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs it."""
+        return self.model.engine
+
+    def listen(self, event: Event) -> None:
+        """Take an event of the work, on the event loop."""
+        if isinstance(event, Token):
+            self.tokens.append(event)
+        else:
+            self.end = event
+            self._on_end()
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def ask(self, stop: str) -> None:
+        """End the run soon: "suspend" or "cancel"."""
+        if self.work is not None and self.end is None:
+            self.work.stop = "cancel" if stop == "cancel" else "suspend"
+            self.engine.wake()
+
+    @property
+    def epoch(self) -> int:
+        """The session's epoch, once the first event has come."""
+        assert self.work is not None
+        return self.work.base.head.epoch
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it stopped before its end and can be resumed."""
+        return isinstance(self.end, Suspended)
+
+    async def finish(self) -> Done:
+        """Read to the end; raises Problem when it failed or was suspended by somebody else."""
+        reader = Reader(self)
+        try:
+            while await reader.next():
+                pass
+        finally:
+            reader.close()
+        return self.outcome()
+
+    async def begun(self) -> "Reader":
+        """A reader, once the first event has come; raises Problem when that is a failure."""
+        reader = Reader(self)
+        try:
+            if not await reader.wait():
+                self.outcome()
+        except BaseException:
+            reader.close()
+            raise
+        return reader
+
+    def leave(self) -> None:
+        """One reader less; when nobody reads any more the run is suspended."""
+        self.readers -= 1
+        if self.readers == 0:
+            self.ask("suspend")
+
+    async def news(self) -> None:
+        """Wait for the next event."""
+        await self._news.wait()
+
+    def outcome(self) -> Done:
+        """How the run ended."""
+        match self.end:
+            case Done():
+                return self.end
+            case Failed(problem):
+                raise problem
+            case LostRace(head):
+                raise _moved(head)
+            case _:
+                raise not_ready("the generate was suspended; it goes on where it stopped with GET .../events")
+
+
+class Reader:
+    """One who reads a run from its first token on; must be closed."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._seen = 0
+        self._open = True
+        run.readers += 1
+
+    async def wait(self) -> bool:
+        """Wait until there is something to read; False at the end."""
+        while self._seen == len(self.run.tokens):
+            if self.run.end is not None:
+                return False
+            await self.run.news()
+        return True
+
+    async def next(self) -> list[Token]:
+        """The tokens that came since the last call, at least one; none at the end."""
+        await self.wait()
+        fresh = self.run.tokens[self._seen :]
+        self._seen += len(fresh)
+        return fresh
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._open:
+            self._open = False
+            self.run.leave()
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What `GET .../events` sends: tokens of the log, then a run's, then the end."""
+
+    head: Head
+    tokens: list[Token]
+    run: Run | None
+    after: int
+    rest: str = ""
+
+
+class Sessions:
+    """All operations on sessions, and those without one."""
+
+    def __init__(self, registry: Registry, store: Store, default_ttl_s: int, wait_s: float) -> None:
+        self._registry = registry
+        self._store = store
+        self._default_ttl_s = default_ttl_s
+        self._wait_s = wait_s
+        self._turns: dict[Key, _Turn] = {}
+        self._runs: dict[Key, Run] = {}
+        self.draining = False
+
+    # ------------------------------------------------------------------ reading
+
+    async def head(self, key: Key) -> Head:
+        """The newest committed head of a live session; raises Problem 404 or 410."""
+        return live(key, await self._head(key))
+
+    async def _head(self, key: Key) -> Head | None:
+        head = await asyncio.to_thread(self._store.head, key)
+        # Queued or running work keeps a session from expiring under it.
+        if head is not None and head.status == "expired" and key in self._runs:
+            return self._runs[key].engine.peek(key) or head
+        return head
+
+    def model_of(self, head: Head) -> Model:
+        """The model version that a session is pinned to."""
+        return self._registry.of(head)
+
+    async def heads(self, tenant: str, model: str | None, after: str, limit: int) -> list[Head]:
+        """Live sessions in order of id."""
+        return await asyncio.to_thread(self._store.heads, tenant, model, after, limit)
+
+    async def state(self, key: Key) -> tuple[Model, Done]:
+        """The state at the newest committed position."""
+        model = self._registry.of(await self.head(key))
+        return model, await self._do(model, Peek, key)
+
+    async def forecast(
+        self, key: Key, horizon: int, future: Sequence[Mapping[str, object]] | None, samples: int, seed: int | None
+    ) -> tuple[Model, Done, list[Done]]:
+        """Steps ahead on a copy: the model's own roll-out, and `samples` sampled paths."""
+        head = await self.head(key)
+        model = self._registry.of(head)
+        codec = model.engine.codec
+        told = codec.future(future, horizon)
+        first = self._do(model, Forecast, key, horizon, told)
+        chosen = head.seed if seed is None else seed
+        paths = [self._do(model, Forecast, key, horizon, told, Path(i, chosen)) for i in range(samples)]
+        done, *sampled = await asyncio.gather(first, *paths)
+        return model, done, list(sampled)
+
+    async def predict(self, model: Model, sequences: Sequence[Array], last_only: bool) -> list[Done]:
+        """Whole sequences from the initial state."""
+        return list(await asyncio.gather(*(self._do(model, Predict, one, last_only) for one in sequences)))
+
+    # ------------------------------------------------------------------ changing
+
+    async def create(self, key: Key, opening: Opening) -> Head:
+        """A new session at position 0."""
+        async with self._turn(key):
+            head = await self._head(key)
+            if head is not None and head.status == "live":
+                raise Problem("session_exists", f"session {key[1]!r} lives; delete it first, or choose another id")
+            model = self._registry.get(opening.model or "", opening.version)
+            new = self._new(key, opening)
+            try:
+                done = await self._do(model, Change, key, lambda head: head, new)
+            except _Race as race:
+                raise Problem("session_exists", f"session {key[1]!r} lives") from race
+            return _head_of(done)
+
+    async def update(self, key: Key, metadata: Mapping[str, object] | None, ttl_s: int | None) -> Head:
+        """Change what is said of a session."""
+
+        def change(head: Head) -> Head:
+            return msgspec.structs.replace(
+                head,
+                metadata=dict(metadata) if metadata is not None else head.metadata,
+                ttl_s=ttl_s if ttl_s is not None else head.ttl_s,
+            )
+
+        async with self._turn(key):
+            return await self._change(key, change)
+
+    async def delete(self, key: Key) -> None:
+        """Close a session; a running generate ends as cancelled."""
+        if (head := await self._head(key)) is None:
+            live(key, head)
+        self._cancel_run(key)
+        async with self._turn(key):
+            head = await self._head(key)
+            if head is not None and head.status == "live":
+                await self._change(key, closed)
+
+    async def cancel(self, key: Key) -> Head:
+        """End a running or suspended generate where it stands."""
+        await self.head(key)
+        self._cancel_run(key)
+        async with self._turn(key):
+            head = await self.head(key)
+            if head.generation is None or head.generation.finish_reason is not None:
+                return head
+            return await self._change(key, cancelled)
+
+    def _cancel_run(self, key: Key) -> None:
+        run = self._runs.get(key)
+        if run is not None:
+            run.ask("cancel")
+
+    async def _change(self, key: Key, change: Callable[[Head], Head]) -> Head:
+        for _ in range(MAX_RACES + 1):
+            model = self._registry.of(await self.head(key))
+            try:
+                return _head_of(await self._do(model, Change, key, change))
+            except _Race:
+                continue
+        raise Problem("session_busy", "other replicas keep moving the session; try again")
+
+    async def feed(self, key: Key, inputs: object, opening: Opening, last_only: bool) -> Fed:
+        """Feed a sequence: all of it or nothing."""
+        async with self._turn(key):
+            race: _Race | None = None
+            for _ in range(MAX_RACES + 1):
+                model, new = await self._open(key, opening)
+                entries = model.engine.codec.encode(inputs)
+                _bound_outputs(model, len(entries), last_only)
+                try:
+                    done = await self._do(model, Feed, key, entries, last_only, new)
+                    return Fed(model, entries, done, _head_of(done))
+                except _Race as lost:
+                    race = lost
+                    if opening.position is not None:
+                        break
+            raise _moved(race.head if race is not None else None)
+
+    async def generate(self, key: Key, inputs: object | None, generation: Generation, opening: Opening) -> Run:
+        """Begin a generate; it goes on while somebody reads it."""
+        turn = self._turn(key)
+        await turn.__aenter__()
+        try:
+            model, new = await self._open(key, opening)
+            _needs_language_model(model)
+            prompt = model.engine.codec.encode(inputs) if inputs is not None else None
+            head = None if new is not None else await self.head(key)
+            seed = opening.seed if opening.seed is not None else (head.seed if head is not None else None)
+            generation = msgspec.structs.replace(generation, seed=new.seed if new is not None else seed)
+            return self._begin_run(key, model, head, turn, prompt, generation, new)
+        except BaseException:
+            turn.leave()
+            raise
+
+    def _begin_run(
+        self,
+        key: Key,
+        model: Model,
+        head: Head | None,
+        turn: "_Entered",
+        prompt: Array | None,
+        generation: Generation,
+        new: NewSession | None = None,
+        resumed: bool = False,
+    ) -> Run:
+        def on_end() -> None:
+            self._runs.pop(key, None)
+            turn.leave()
+
+        run = Run(model, head, on_end)
+        run.work = Generate(run.listen, key, prompt, generation, new, resumed)
+        model.engine.submit(run.work)
+        self._runs[key] = run
+        return run
+
+    def generate_alone(self, model: Model, inputs: object | None, generation: Generation) -> Run:
+        """A generate without a session: nothing is kept."""
+        _needs_language_model(model)
+        codec = model.engine.codec
+        prompt = codec.encode(inputs) if inputs is not None else codec.start()
+        run = Run(model, None, lambda: None)
+        run.work = Generate(run.listen, None, prompt, generation)
+        model.engine.submit(run.work)
+        return run
+
+    # ------------------------------------------------------------------ resuming
+
+    async def events(self, key: Key, epoch: int, after: int) -> Replay | None:
+        """The latest generate after a position: what the log has of it, and its continuation. None: there is none."""
+        head = await self.head(key)
+        if epoch != head.epoch:
+            raise Problem("log_truncated", f"event ids of epoch {epoch} are gone; the session is in epoch {head.epoch}")
+        run = self._runs.get(key)
+        if run is None and _unfinished(head):
+            run = await self._resume(key)
+        head = await self.head(key)
+        newest = run.tokens[-1].position if run is not None and run.tokens else head.position
+        if after > max(newest, head.position):
+            raise Problem("bad_request", f"the session stands at {newest}: there is no event {epoch}.{after} yet")
+        if head.generation is None and run is None:
+            return None
+        return await self._replay(head, run, after)
+
+    async def _resume(self, key: Key) -> Run | None:
+        """Continue a suspended generate; None when somebody else ended it while this one waited."""
+        turn = self._turn(key)
+        await turn.__aenter__()
+        try:
+            head = await self.head(key)
+            if head.generation is not None and _unfinished(head):
+                model = self._registry.of(head)
+                return self._begin_run(key, model, head, turn, None, head.generation, resumed=True)
+        except BaseException:
+            turn.leave()
+            raise
+        turn.leave()
+        return None
+
+    async def _replay(self, head: Head, run: Run | None, after: int) -> Replay:
+        """Read the committed tokens that a run does not hold."""
+        base = run.base if run is not None else head
+        resumed = run is None or (run.work is not None and run.work.resumed)
+        if base is None or base.generation is None or not resumed:
+            return Replay(head, [], run, after)
+        generation = base.generation
+        end = generation.end if generation.end is not None else base.position
+        segments = await asyncio.to_thread(self._store.log, base.branch, generation.start, end)
+        model = self._registry.of(head)
+        tokens, rest = _tokens(model, generation, segments)
+        return Replay(head, [token for token in tokens if token.position > after], run, after, rest)
+
+    # ------------------------------------------------------------------ upkeep
+
+    async def sweep(self) -> None:
+        """Expire and forget what is due, but nothing that has work under way."""
+        await asyncio.to_thread(self._store.sweep, frozenset(self._turns))
+
+    def suspend_all(self) -> None:
+        """Refuse new work from now on, and suspend the generates that run."""
+        self.draining = True
+        for run in list(self._runs.values()):
+            run.ask("suspend")
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new work, suspend the generates, wait until everybody had their turn."""
+        self.suspend_all()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                for turn in list(self._turns.values()):
+                    async with turn.lock:
+                        pass
+
+    # ------------------------------------------------------------------ inside
+
+    def _turn(self, key: Key) -> "_Entered":
+        if self.draining:
+            raise not_ready("the service is stopping")
+        return _Entered(self._turns, key, self._wait_s)
+
+    async def _open(self, key: Key, opening: Opening) -> tuple[Model, NewSession | None]:
+        """The live session's model, or what a new one begins with; raises Problem when neither can be."""
+        head = await self._head(key)
+        if head is None or head.status != "live":
+            if opening.model is None or opening.position not in (None, 0):
+                live(key, head)
+            return self._registry.get(opening.model or "", opening.version), self._new(key, opening)
+        if opening.model not in (None, head.model) or opening.version not in (None, head.version):
+            raise Problem("model_mismatch", f"session {key[1]!r} is of {head.model} version {head.version}")
+        if opening.position not in (None, head.position):
+            raise _moved(head)
+        return self._registry.of(head), None
+
+    def _new(self, key: Key, opening: Opening) -> NewSession:
+        seed = opening.seed if opening.seed is not None else new_seed()
+        ttl_s = opening.ttl_s if opening.ttl_s is not None else self._default_ttl_s
+        return NewSession(key, seed, ttl_s, opening.metadata or {})
+
+    async def _do(
+        self, model: Model, make: Callable[Concatenate[Listener, P], Work], *args: P.args, **kwargs: P.kwargs
+    ) -> Done:
+        """Submit work and await its end; when the caller is cancelled the work is dropped first."""
+        if self.draining:
+            raise not_ready("the service is stopping")
+        ended: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        work = make(ended.set_result, *args, **kwargs)
+        model.engine.submit(work)
+        try:
+            event = await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            work.stop = "suspend"
+            model.engine.wake()
+            await asyncio.shield(ended)
+            raise
+        match event:
+            case Done():
+                return event
+            case Failed(problem):
+                raise problem
+            case LostRace(head):
+                raise _Race(head)
+            case _:
+                raise not_ready("the work was dropped")
+
+
+class _Entered:
+    """A place in a session's queue, and its turn once it has come."""
+
+    def __init__(self, turns: dict[Key, _Turn], key: Key, wait_s: float) -> None:
+        self._turns = turns
+        self._key = key
+        self._wait_s = wait_s
+        self._turn: _Turn | None = None
+
+    async def __aenter__(self) -> "_Entered":
+        turn = self._turns.setdefault(self._key, _Turn())
+        if turn.users > MAX_WAITING:
+            raise Problem(
+                "session_busy", f"{MAX_WAITING} operations wait for session {self._key[1]!r}; try again later"
+            )
+        turn.users += 1
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await turn.lock.acquire()
+        except BaseException as error:
+            self._release(turn)
+            if isinstance(error, TimeoutError):
+                raise Problem("session_busy", f"waited {self._wait_s:g} s for session {self._key[1]!r}") from error
+            raise
+        self._turn = turn
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the turn to the next."""
+        if self._turn is not None:
+            turn, self._turn = self._turn, None
+            turn.lock.release()
+            self._release(turn)
+
+    def _release(self, turn: _Turn) -> None:
+        turn.users -= 1
+        if turn.users == 0:
+            del self._turns[self._key]
+
+
+def live(key: Key, head: Head | None) -> Head:
+    """The head if the session lives; else raises Problem saying whether it ever did."""
+    if head is None:
+        raise Problem("session_not_found", f"there is no session {key[1]!r}; give a model to create it")
+    if head.status == "expired":
+        raise Problem(
+            "session_expired", f"session {key[1]!r} expired after {head.ttl_s} idle seconds", position=head.position
+        )
+    if head.status == "closed":
+        raise Problem("session_closed", f"session {key[1]!r} was deleted", position=head.position)
+    return head
+
+
+def _head_of(done: Done) -> Head:
+    assert done.head is not None
+    return done.head
+
+
+def _moved(head: Head | None) -> Problem:
+    if head is None:
+        return Problem("session_not_found", "the session does not live any more")
+    detail = f"the session stands at position {head.position}"
+    return Problem("position_mismatch", detail, epoch=head.epoch, position=head.position)
+
+
+def _unfinished(head: Head) -> bool:
+    return head.generation is not None and head.generation.finish_reason is None
+
+
+def _needs_language_model(model: Model) -> None:
+    manifest = model.bundle.manifest
+    if manifest.task != "language-model":
+        raise Problem("task_mismatch", f"{manifest.name} is a {manifest.task}: generate is for language models")
+
+
+def _bound_outputs(model: Model, steps: int, last_only: bool) -> None:
+    if not last_only and steps > model.most_outputs:
+        raise invalid(f"predictions of all steps are for at most {model.most_outputs} steps a request", "/predictions")
+
+
+def _tokens(model: Model, generation: Generation, segments: Sequence[Segment]) -> tuple[list[Token], str]:
+    """The tokens of a generate from the log, with the very text each had, and text that was held back at its end."""
+    codec = model.engine.codec
+    stream = TextStream(codec, generation.stop)
+    tokens: list[Token] = []
+    for segment in segments:
+        logprobs = memoryview(segment.logprobs).cast("f")
+        for i, entry in enumerate(codec.entries(segment.data).tolist()):
+            text, _ = stream.push(entry)
+            tokens.append(Token(segment.start + i + 1, entry, text, logprobs[i]))
+    rest = stream.flush() if generation.finish_reason is not None else ""
+    if tokens and generation.finish_reason == "length":
+        tokens[-1] = Token(tokens[-1].position, tokens[-1].token, tokens[-1].text + rest, tokens[-1].logprob)
+        rest = ""
+    return tokens, rest

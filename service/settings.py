@@ -1,0 +1,54 @@
+"""Settings from the environment, prefix RECURRA_."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "RECURRA_"
+
+
+class SettingsError(Exception):
+    """A setting that the service can not start with; the message names it."""
+
+
+class Settings(BaseSettings):
+    """How the service runs; every field is the variable RECURRA_<FIELD>."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
+    models_dir: Path = Field(default=Path("models"), description="folder of the models, <name>/<version>/")
+    data_dir: Path = Field(default=Path("var"), description="folder that holds the sessions")
+    store: Literal["sqlite", "memory"] = Field(default="sqlite", description="where sessions are kept")
+    durability: Literal["commit", "fsync"] = Field(
+        default="commit", description="commit survives kill -9, fsync survives power loss"
+    )
+    threads: int = Field(default=1, ge=1, le=256, description="threads of a call of a graph")
+    max_batch: int = Field(default=128, ge=1, le=4096, description="sessions in a batch")
+    max_queue_steps: int = Field(default=1_000_000, ge=1, description="steps that may wait for one model")
+    max_resident: int = Field(default=100_000, ge=1, description="sessions of one model held in memory")
+    session_ttl_s: int = Field(default=0, ge=0, le=10**9, description="idle seconds until a session expires, 0: never")
+    session_wait_ms: int = Field(default=30_000, ge=1, description="how long an operation waits for its session")
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="greatest request body")
+    max_tokens: int = Field(default=100_000, ge=1, description="greatest max_tokens of a generate")
+    grace_s: float = Field(default=10.0, ge=0, le=3600, description="seconds to finish what runs at SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
+
+
+def load() -> Settings:
+    """The settings of this process; raises SettingsError naming the variable that is wrong."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        print(f"recurra: {unknown[0]} is not a setting and has no effect", file=sys.stderr)
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = PREFIX + "_".join(str(part) for part in first["loc"]).upper()
+        raise SettingsError(f"{name}={first['input']!r}: {first['msg']}") from error

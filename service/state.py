@@ -1,0 +1,48 @@
+"""States as arrays: rows to a batch and back, and to safetensors and back.
+
+A row is one session's state: one array a state tensor, without the batch axis, in the manifest's order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from service.bundle import DTYPES, StateSpec
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Row = tuple[Array, ...]
+
+
+def initial_row(specs: Sequence[StateSpec]) -> Row:
+    """The state at position 0."""
+    return tuple(np.full(spec.row_shape, spec.initial, DTYPES[spec.dtype]) for spec in specs)
+
+
+def stack(specs: Sequence[StateSpec], rows: Sequence[Row]) -> list[Array]:
+    """Rows to one batch array a state tensor; inverse of `unstack`."""
+    return [np.stack([row[i] for row in rows], axis=spec.batch_axis) for i, spec in enumerate(specs)]
+
+
+def unstack(specs: Sequence[StateSpec], batch: Sequence[Array]) -> list[Row]:
+    """Batch arrays to rows that own their memory; inverse of `stack`."""
+    moved = [
+        np.ascontiguousarray(np.moveaxis(array, spec.batch_axis, 0)) for spec, array in zip(specs, batch, strict=True)
+    ]
+    return [tuple(array[i].copy() for array in moved) for i in range(len(moved[0]))]
+
+
+def dump(specs: Sequence[StateSpec], row: Row) -> bytes:
+    """A row as safetensors, one tensor a state, by the manifest's names."""
+    return safetensors.numpy.save({spec.name: array for spec, array in zip(specs, row, strict=True)})
+
+
+def load(specs: Sequence[StateSpec], data: bytes) -> Row:
+    """Inverse of `dump`; raises ValueError when names, shapes or types are not the manifest's."""
+    tensors = safetensors.numpy.load(data)
+    row = tuple(tensors.get(spec.name, np.empty(0)) for spec in specs)
+    for spec, array in zip(specs, row, strict=True):
+        if array.shape != spec.row_shape or array.dtype != DTYPES[spec.dtype]:
+            raise ValueError(f"state {spec.name!r} does not fit the model")
+    return row

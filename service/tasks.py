@@ -1,0 +1,288 @@
+"""What differs by task: text, symbols and values to entries, and outputs to predictions.
+
+An entry is one input of the network as the log keeps it: a symbol's id (int32) or the values of all features
+(float32, in the data's own units).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from service.bundle import Feature, Manifest
+from service.errors import Problem, invalid
+from service.sampling import log_softmax
+from service.state import Array
+
+Output = dict[str, Array]
+"""The graph's outputs at one position, or at consecutive ones: name to [...] or [n, ...]."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class Codec:
+    """Encodes inputs and decodes outputs of one model."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.symbolic = bool(manifest.symbols)
+        self._ids = {symbol: i for i, symbol in enumerate(manifest.symbols)}
+        self._features = {feature.name: i for i, feature in enumerate(manifest.features)}
+        self._target_features = [self._features.get(target.name) for target in manifest.targets]
+        self.entry_shape = () if self.symbolic else (len(manifest.features),)
+        self.entry_dtype = np.dtype("<i4") if self.symbolic else np.dtype("<f4")
+
+    # ------------------------------------------------------------------ inputs
+
+    def encode(self, inputs: object, pointer: str = "/inputs") -> Array:
+        """Inputs of a request as entries [n] or [n, F]; NaN where a null waits for `fill`."""
+        entries = self._encode_symbols(inputs, pointer) if self.symbolic else self._encode_values(inputs, pointer)
+        if len(entries) == 0:
+            raise invalid("at least one step is needed", pointer)
+        return entries
+
+    def _encode_symbols(self, inputs: object, pointer: str) -> Array:
+        if isinstance(inputs, str):
+            splitter = self.manifest.splitter
+            items: Sequence[object] = splitter.split(inputs) if splitter is not None else list(inputs)
+            listed = False
+        elif isinstance(inputs, list):
+            items, listed = inputs, True
+        else:
+            raise invalid("a string or a list of symbols is needed", pointer)
+        where = pointer if not listed else None
+        return np.array([self._id(item, i, where or f"{pointer}/{i}") for i, item in enumerate(items)], "<i4")
+
+    def _id(self, item: object, index: int, pointer: str) -> int:
+        if isinstance(item, str):
+            found = self._ids.get(item)
+            if found is None:
+                raise Problem(
+                    "unknown_symbol",
+                    f"symbol {item[:64]!r} (number {index}, from 0) is not in the vocabulary of {self.manifest.name}",
+                    pointer,
+                    symbol=item[:64],
+                    index=index,
+                )
+            return found
+        if isinstance(item, int) and not isinstance(item, bool):
+            if 0 <= item < len(self.manifest.symbols):
+                return item
+            detail = f"id {str(item)[:32]} (number {index}, from 0) is not in 0..{len(self.manifest.symbols) - 1}"
+            raise Problem("unknown_symbol", detail, pointer, index=index)
+        raise invalid("a symbol is a string or an id", pointer)
+
+    def _encode_values(self, inputs: object, pointer: str) -> Array:
+        if not isinstance(inputs, list):
+            raise invalid("a list of steps is needed, each with the values of all features", pointer)
+        rows = [self._row(item, f"{pointer}/{i}") for i, item in enumerate(inputs)]
+        return np.array(rows, "<f4").reshape(len(rows), len(self.manifest.features))
+
+    def _row(self, item: object, pointer: str) -> list[float]:
+        features = self.manifest.features
+        if isinstance(item, dict):
+            return self._row_of_names(item, pointer)
+        if not isinstance(item, list):
+            if len(features) != 1:
+                names = ", ".join(self._features)
+                raise invalid(f"a step is a list of {len(features)} values: {names}", pointer)
+            return [_value(features[0], item, pointer)]
+        if len(item) != len(features):
+            names = ", ".join(self._features)
+            raise invalid(f"{len(item)} values where {len(features)} are needed: {names}", pointer)
+        return [_value(f, v, f"{pointer}/{i}") for i, (f, v) in enumerate(zip(features, item, strict=True))]
+
+    def _row_of_names(self, item: Mapping[str, object], pointer: str) -> list[float]:
+        unknown = [name for name in item if name not in self._features]
+        missing = [name for name in self._features if name not in item]
+        if unknown or missing:
+            said = [f"unknown: {str(unknown[:5])[1:-1]}"] if unknown else []
+            said += [f"missing: {str(missing)[1:-1]}"] if missing else []
+            raise invalid(f"feature names do not fit ({'; '.join(said)})", pointer)
+        return [_value(f, item[f.name], f"{pointer}/{f.name}") for f in self.manifest.features]
+
+    def fill(self, entries: Array, before: Array | None) -> Array:
+        """Put the value of the step before (else the training mean) where a null was; `before`: [F] or None."""
+        if self.symbolic or not np.isnan(entries).any():
+            return entries
+        filled = entries.copy()
+        last = before if before is not None else np.array([f.mean for f in self.manifest.features], "<f4")
+        for row in filled:
+            np.copyto(row, last, where=np.isnan(row))
+            last = row
+        return filled
+
+    def start(self) -> Array:
+        """The start symbol as entries [1]; raises `empty_session` when the model has none."""
+        if self.manifest.start_symbol is None:
+            raise Problem("empty_session", "the session is empty and the model has no start symbol: give inputs")
+        return np.array([self._ids[self.manifest.start_symbol]], "<i4")
+
+    def none(self) -> Array:
+        """No entries: shape [0] or [0, F]."""
+        return np.empty((0, *self.entry_shape), self.entry_dtype)
+
+    def entries(self, data: bytes) -> Array:
+        """Entries from the log's bytes, [n] or [n, F]; inverse of `tobytes()`."""
+        return np.frombuffer(data, self.entry_dtype).reshape(-1, *self.entry_shape)
+
+    def text(self, symbol: int) -> str:
+        """A symbol as people read it."""
+        return self.manifest.symbols[symbol]
+
+    # ------------------------------------------------------------------ outputs
+
+    def predictions(
+        self, outputs: Output, first: int, before: Output | None, entries: Array, alternatives: int
+    ) -> list[dict[str, Any]]:
+        """Predictions at positions `first`, first + 1, ... for `outputs` [n, ...] over `entries` [n, ...].
+
+        `before` is the output at position first - 1: what the surprise of the first entry is measured against.
+        """
+        shown = self._shown(outputs, alternatives)
+        surprise = self._surprise(outputs, before, entries)
+        for i, prediction in enumerate(shown):
+            prediction["position"] = first + i
+            if surprise is not None and not math.isnan(surprise[i]):
+                prediction["surprise"] = float(surprise[i])
+        return shown
+
+    def _shown(self, outputs: Output, alternatives: int) -> list[dict[str, Any]]:
+        match self.manifest.task:
+            case "language-model":
+                return [{"alternatives": self.alternatives(row, alternatives)} for row in outputs["logits"]]
+            case "classifier":
+                return [self._classified(row) for row in np.exp(log_softmax(outputs["logits"]))]
+            case _:
+                return [self._forecast(outputs, i) for i in range(len(outputs["mean"]))]
+
+    def alternatives(self, logits: Array, count: int) -> list[dict[str, Any]]:
+        """The `count` most likely symbols for `logits` [V], most likely first."""
+        logprobs = log_softmax(logits)
+        order = np.argsort(-logprobs, kind="stable")[:count]
+        return [{"token": int(i), "text": self.text(int(i)), "logprob": float(logprobs[i])} for i in order]
+
+    def _classified(self, probabilities: Array) -> dict[str, Any]:
+        labels = self.manifest.labels
+        return {
+            "label": labels[int(probabilities.argmax())],
+            "probabilities": dict(zip(labels, probabilities.tolist(), strict=True)),
+        }
+
+    def _forecast(self, outputs: Output, i: int) -> dict[str, Any]:
+        names = [target.name for target in self.manifest.targets]
+        shown: dict[str, Any] = {"mean": dict(zip(names, outputs["mean"][i].tolist(), strict=True))}
+        if self.manifest.quantiles:
+            shown["quantiles"] = {
+                str(q): dict(zip(names, row.tolist(), strict=True))
+                for q, row in zip(self.manifest.quantiles, outputs["quantiles"][i], strict=True)
+            }
+        return shown
+
+    def forecast(self, output: Output) -> dict[str, Any]:
+        """One step of a forecast for the outputs at one position."""
+        return self._forecast({name: array[None] for name, array in output.items()}, 0)
+
+    def _surprise(self, outputs: Output, before: Output | None, entries: Array) -> Array | None:
+        """How unexpected each entry was, [n] float64; NaN where nothing was predicted."""
+        if self.manifest.task == "language-model":
+            expected = _shifted("logits", outputs, before)
+            logprobs = log_softmax(expected)
+            return -np.asarray(logprobs[np.arange(len(entries)), entries])
+        if self.manifest.task == "forecaster" and self.manifest.quantiles:
+            return self._pinball(_shifted("quantiles", outputs, before), entries)
+        return None
+
+    def _pinball(self, quantiles: Array, entries: Array) -> Array | None:
+        """Mean pinball loss in training standard deviations: `quantiles` [n, Q, K], `entries` [n, F] -> [n]."""
+        pairs = [(k, f) for k, f in enumerate(self._target_features) if f is not None]
+        if not pairs:
+            return None
+        k, f = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        std = np.array([self.manifest.targets[i].std for i in k])
+        error = (entries[:, None, f].astype(np.float64) - quantiles[:, :, k]) / std
+        levels = np.array(self.manifest.quantiles)[None, :, None]
+        return np.asarray(np.maximum(levels * error, (levels - 1) * error).mean(axis=(1, 2)))
+
+    def next_entry(self, values: Array, future: Mapping[str, float]) -> Array:
+        """The next input of a forecast: predicted targets `values` [K] and given features -> [F]."""
+        entry = np.empty(len(self.manifest.features), "<f4")
+        for k, f in enumerate(self._target_features):
+            if f is not None:
+                entry[f] = values[k]
+        for name, value in future.items():
+            entry[self._features[name]] = value
+        return entry
+
+    def given_features(self) -> list[str]:
+        """The features that the model does not predict: a forecast needs them from its caller."""
+        predicted = {target.name for target in self.manifest.targets}
+        return [feature.name for feature in self.manifest.features if feature.name not in predicted]
+
+    def future(self, rows: Sequence[Mapping[str, object]] | None, horizon: int) -> list[dict[str, float]]:
+        """What a forecast is told of the steps to come: one dict a step that is fed back (horizon - 1)."""
+        given = self.given_features()
+        by_name = {feature.name: feature for feature in self.manifest.features}
+        rows = rows or []
+        if given and len(rows) < horizon - 1:
+            raise invalid(f"{horizon - 1} steps of {', '.join(given)} are needed, {len(rows)} given", "/future")
+        told = []
+        for i, row in enumerate(rows[: horizon - 1]):
+            missing = [name for name in given if row.get(name) is None]
+            unknown = [name for name in row if name not in by_name]
+            if missing or unknown:
+                raise invalid(f"missing: {missing}, unknown: {unknown[:5]}", f"/future/{i}")
+            told.append({n: _value(by_name[n], v, f"/future/{i}/{n}") for n, v in row.items()})
+        return told + [{} for _ in range(horizon - 1 - len(told))]
+
+
+def _shifted(name: str, outputs: Output, before: Output | None) -> Array:
+    """What was predicted of each position: the outputs moved by one, NaN where there was none."""
+    first = before[name][None] if before is not None else np.full_like(outputs[name][:1], np.nan)
+    return np.concatenate([first, outputs[name][:-1]])
+
+
+def _value(feature: Feature, value: object, pointer: str) -> float:
+    if value is None:
+        if feature.fill is None:
+            raise invalid(f"feature {feature.name!r} is null and has no fill rule", pointer)
+        return feature.mean if feature.fill == "mean" else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid(f"feature {feature.name!r} must be a number", pointer)
+    if not abs(value) <= _FLOAT32_MAX:
+        raise invalid(f"feature {feature.name!r} must be finite and fit a 32-bit float", pointer)
+    return float(value)
+
+
+class TextStream:
+    """Text of a generate, a piece a token; holds back what may turn out to be a stop string."""
+
+    def __init__(self, codec: Codec, stop: Sequence[str]) -> None:
+        self._codec = codec
+        self._stop = stop
+        self._separator = codec.manifest.splitter.separator if codec.manifest.splitter else ""
+        self._begun = False
+        self._held = ""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """(the text that is certain now, whether a stop string ended it)."""
+        self._held += (self._separator if self._begun else "") + self._codec.text(token)
+        self._begun = True
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            return text, True
+        certain = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text, False
+
+    def flush(self) -> str:
+        """The text still held back, once no token can follow."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

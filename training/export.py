@@ -1,0 +1,243 @@
+"""A trained model becomes a bundle, `models/<name>/<version>/`, which the service can load.
+
+The graph is checked against the module first (`parity.py`); then everything is written beside its place and
+renamed, so that a bundle is there in full or not at all. A version is never overwritten.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from safetensors.numpy import save
+
+from service.bundle import (
+    CARD,
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    NAME_PATTERN,
+    Feature,
+    Manifest,
+    StateSpec,
+    Target,
+    TensorSpec,
+    sha256_of,
+)
+from training import card, graph, parity
+from training.checkpoint import load_model
+from training.model import RecurrentModel, state_names
+from training.parity import ExportError, Step, Tensors
+
+GOLDEN_STEPS, GOLDEN_ROWS, GOLDEN_SEED = 16, 7, 7
+MAX_PLOTS, MAX_PLOT_BYTES = 4, 512 * 1024
+PROVENANCE = ("command", "seed", "data", "steps", "epochs", "minutes", "recipe", "environment")
+ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
+
+
+def export_run(run: Path, models: Path, name: str, version: int | None = None) -> Path:
+    """Publish the best checkpoint of a run with its figures and plots; returns the bundle's folder."""
+    module, meta = load_model(run)
+    figures = run / "metrics.json"
+    metrics = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
+    return export_model(module, meta, models, name, version, metrics, sorted((run / "plots").glob("*.png")))
+
+
+def export_model(
+    module: RecurrentModel,
+    meta: Mapping[str, Any],
+    models: Path,
+    name: str,
+    version: int | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    plots: Sequence[Path] = (),
+) -> Path:
+    """Check the module's graph and publish it as `models/<name>/<version>/`; raises ExportError."""
+    version = free_version(models, name, version)
+    _refuse_mismatch(module, meta)
+    module = module.eval().cpu()
+    onnx = graph.build(module).SerializeToString()
+    manifest = describe(module, meta, name, version, parity.check(module, onnx), metrics or {})
+    files = {GRAPH: onnx, GOLDEN: save(golden(module, onnx)), **_pictures(plots)}
+    pictures = [file for file in files if file.endswith(".png")]
+    files[CARD] = card.write(manifest, pictures, meta.get("example")).encode()
+    return publish(models / name / str(version), manifest, files)
+
+
+def free_version(models: Path, name: str, version: int | None = None) -> int:
+    """The version asked for, or the greatest so far and one more; raises ExportError if it is taken."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ExportError(f"name: {name!r} does not match {NAME_PATTERN}")
+    taken = [int(path.name) for path in (models / name).glob("*") if re.fullmatch(r"[1-9]\d*", path.name)]
+    if version in taken:
+        raise ExportError(f"version: {name}/{version} exists and is never overwritten; leave --version out")
+    return max(taken, default=0) + 1 if version is None else version
+
+
+def describe(
+    module: RecurrentModel,
+    meta: Mapping[str, Any],
+    name: str,
+    version: int,
+    checks: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+) -> Manifest:
+    """The manifest but for its checksums; raises ExportError if the contract refuses it."""
+    config = module.config
+    parts = {
+        "name": name,
+        "version": version,
+        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "task": config.task,
+        "input_kind": meta["input_kind"],
+        "cell": config.cell,
+        "layers": config.layers,
+        "hidden": config.hidden,
+        "memory": _memory(meta),
+        **_tensors(module),
+        **_vocabulary(meta),
+        "features": [Feature(**feature) for feature in meta.get("features", ())],
+        "targets": _targets(module, meta),
+        "quantiles": config.quantiles,
+        "labels": tuple(meta.get("labels", ())),
+        "files": {},
+        "training": without_paths({key: meta[key] for key in PROVENANCE if key in meta} | _size(module)),
+        "metrics": without_paths(dict(metrics)),
+        "checks": dict(checks),
+    }
+    try:
+        return Manifest.model_validate(parts)
+    except ValidationError as error:
+        raise ExportError(f"manifest: {error}") from error
+
+
+def golden(module: RecurrentModel, onnx: bytes) -> Tensors:
+    """An input [T, B, ...], and what PyTorch and ONNX Runtime make of it in one call from the zero state."""
+    entries = parity.plausible_entries(module, GOLDEN_STEPS, GOLDEN_ROWS, GOLDEN_SEED)
+    tensors = {"input": entries}
+    steps: dict[str, Step] = {"torch": parity.torch_step(module), "ort": parity.ort_step(onnx)}
+    for who, step in steps.items():
+        outputs, states = step(entries, parity.zero_states(module, GOLDEN_ROWS))
+        tensors |= {f"{who}.output.{name}": value for name, value in outputs.items()}
+        tensors |= {f"{who}.state.{name}": value for name, value in states.items()}
+    # safetensors writes the memory as it lies, whatever the strides say
+    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+
+
+def publish(target: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+    """Write the files and the manifest with their checksums beside `target`, then rename; all or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for name, content in files.items():
+            _write(temporary / name, content)
+        sums = {name: sha256_of(temporary / name) for name in files}
+        complete = manifest.model_copy(update={"files": sums})
+        _write(temporary / MANIFEST, complete.model_dump_json(indent=2).encode() + b"\n")
+        temporary.chmod(0o755)  # mkdtemp gives 0700, and a container serves as another user
+        _sync(temporary)
+        _rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not any(target.parent.iterdir()):
+            target.parent.rmdir()
+    _sync(target.parent)
+    return target
+
+
+def without_paths(value: Any) -> Any:  # noqa: ANN401 (any JSON)
+    """The same JSON with absolute paths cut down to their last part: a bundle travels, its machine does not."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    return ABSOLUTE_PATH.sub("", value) if isinstance(value, str) else value
+
+
+def _refuse_mismatch(module: RecurrentModel, meta: Mapping[str, Any]) -> None:
+    config = module.config
+    for key, wanted in (("symbols", config.vocabulary), ("features", len(config.periods)), ("labels", config.labels)):
+        if len(meta.get(key) or ()) != wanted:
+            raise ExportError(f"meta: {len(meta.get(key) or ())} {key}, but the model has {wanted}")
+
+
+def _memory(meta: Mapping[str, Any]) -> str | dict[str, int]:
+    """A model that only ever saw windows answers from the last window."""
+    train = meta.get("recipe", {}).get("train", {})
+    return {"window": train["steps"]} if train.get("form") == "windowed" else "carried"
+
+
+def _tensors(module: RecurrentModel) -> dict[str, list[Any]]:
+    inputs, outputs = graph.signature(module)
+    names = state_names(module.config.cell)
+    states = [StateSpec.model_validate(_state(name, inputs[name])) for name in names]
+    own = {name for state in states for name in (state.input, state.output)}
+    return {"inputs": _specs(inputs, own), "outputs": _specs(outputs, own), "states": states}
+
+
+def _specs(signature: graph.Signature, own: set[str]) -> list[TensorSpec]:
+    specs = ({"name": n, "dtype": d, "shape": axes} for n, (d, axes) in signature.items() if n not in own)
+    return [TensorSpec.model_validate(spec) for spec in specs]
+
+
+def _state(name: str, spec: tuple[str, list[int | str]]) -> dict[str, Any]:
+    dtype, axes = spec
+    return {
+        "name": name,
+        "input": name,
+        "output": f"{name}_next",
+        "dtype": dtype,
+        "shape": axes,
+        "batch_axis": axes.index("B"),
+    }
+
+
+def _vocabulary(meta: Mapping[str, Any]) -> dict[str, Any]:
+    if meta["input_kind"] not in ("text", "symbols"):
+        return {}
+    return {key: meta.get(key) for key in ("symbols", "splitter", "start_symbol")}
+
+
+def _targets(module: RecurrentModel, meta: Mapping[str, Any]) -> list[Target]:
+    chosen = [meta["features"][i] for i in module.config.targets]
+    return [Target(name=feature["name"], unit=feature["unit"], std=feature["std"]) for feature in chosen]
+
+
+def _size(module: RecurrentModel) -> dict[str, int]:
+    return {"parameters": sum(parameter.numel() for parameter in module.parameters())}
+
+
+def _pictures(plots: Sequence[Path]) -> dict[str, bytes]:
+    """The plots by a name that a bundle allows; too many or too big ones are left out."""
+    small = [plot for plot in plots if plot.stat().st_size <= MAX_PLOT_BYTES]
+    named = {re.sub(r"[^A-Za-z0-9._-]+", "-", plot.name).lstrip("._-"): plot for plot in small}
+    return {name: plot.read_bytes() for name, plot in list(named.items())[:MAX_PLOTS]}
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        raise ExportError(
+            f"version: {target.parent.name}/{target.name} cannot be published: {error.strerror}"
+        ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

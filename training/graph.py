@@ -1,0 +1,207 @@
+"""A trained model as one ONNX graph: `(inputs[T, B, ...], states) -> (outputs[T, B, ...], states)`.
+
+A `Scan` over time runs one step of all layers and of the head. Every matrix product lives inside the step, so
+its shape is [B, K] x [K, N] however a sequence is cut, and its right side is a constant, which ONNX Runtime packs
+once and multiplies row by row in one order: neither chunking nor batching can change a bit. Outside the Scan stand
+only operations whose result for one element does not depend on where it lies in the tensor. ONNX Runtime's Sin,
+Cos, Log and Softplus are not of that kind (a vector's remainder takes another code path); Sigmoid, Tanh and plain
+arithmetic are, so the former are built from the latter (measured, see docs/manifest.md; `parity.py` checks it).
+"""
+
+from math import factorial
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from torch import nn
+
+from training.cells import CELLS, input_constants, input_weight
+from training.model import ForecastHead, RecurrentModel, ValueEncoder, state_names
+from training.nodes import Nodes, odd_series, softplus
+
+OPSET = 21
+IR_VERSION = 10
+SINE = [(-1) ** k / factorial(2 * k + 1) for k in range(6)]
+
+Signature = dict[str, tuple[str, list[int | str]]]
+
+
+def build(module: RecurrentModel) -> onnx.ModelProto:
+    """The module as a checked ONNX model; inputs and outputs as in `signature`."""
+    constants: dict[str, TensorProto] = {}
+    nodes = Nodes("", constants)
+    head = _head(nodes, module, _scan(nodes, module, _entries(nodes, module)))
+    for name, value in head.items():
+        nodes.name(value, name)
+    inputs, outputs = signature(module)
+    graph = helper.make_graph(
+        nodes.nodes, "step", _infos(inputs), _infos(outputs), initializer=list(constants.values())
+    )
+    model = helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="recurra",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
+    """Inputs and outputs of the graph, states included: name -> (dtype, axes), time-major."""
+    config = module.config
+    axes: list[int | str] = [config.layers, "B", config.hidden]
+    states: Signature = dict.fromkeys(state_names(config.cell), ("float32", axes))
+    after: Signature = {f"{name}_next": spec for name, spec in states.items()}
+    if config.vocabulary:
+        entries: Signature = {"symbols": ("int64", ["T", "B"])}
+    else:
+        entries = {"values": ("float32", ["T", "B", len(config.periods)])}
+    return entries | states, _outputs(module) | after
+
+
+def _outputs(module: RecurrentModel) -> Signature:
+    K, Q = len(module.config.targets), len(module.config.quantiles)
+    if module.config.task != "forecaster":
+        return {"logits": ("float32", ["T", "B", module.head.linear.out_features])}
+    quantiles: Signature = {"quantiles": ("float32", ["T", "B", Q, K])} if Q else {}
+    return {"mean": ("float32", ["T", "B", K]), **quantiles}
+
+
+def _infos(signature: Signature) -> list[onnx.ValueInfoProto]:
+    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+    return [helper.make_tensor_value_info(name, types[dtype], axes) for name, (dtype, axes) in signature.items()]
+
+
+def _entries(nodes: Nodes, module: RecurrentModel) -> str:
+    """What the Scan reads at each step: rows of the folded table [T, B, G*H], or encoded values [T, B, E]."""
+    if isinstance(module.encoder, ValueEncoder):
+        return _encode(nodes, module.encoder)
+    return nodes.add("Gather", _folded_table(nodes, module), "symbols", axis=0)
+
+
+def _folded_table(nodes: Nodes, module: RecurrentModel) -> str:
+    """Embedding, input weights and bias of layer 0 as one table [V, G*H]."""
+    weight, bias = input_weight(module, 0)
+    assert isinstance(module.encoder, nn.Embedding)
+    table = module.encoder.weight.detach().double() @ weight.double() + bias.double()
+    return nodes.constant("layer0.table", table.float())
+
+
+def _encode(nodes: Nodes, encoder: ValueEncoder) -> str:
+    """values [T, B, F] -> plain features standardised, then a (sin, cos) pair per periodic one: [T, B, E]."""
+    parts = []
+    if encoder.plain:
+        columns = encoder.plain
+        mean = nodes.constant("encoder.mean", encoder.mean[columns])
+        scale = nodes.constant("encoder.scale", encoder.scale[columns])
+        plain = nodes.add("Gather", "values", nodes.constant("encoder.plain", columns), axis=2)
+        parts.append(nodes.add("Div", nodes.add("Sub", plain, mean), scale))
+    if encoder.periodic:
+        parts.append(_waves(nodes, encoder))
+    return nodes.add("Concat", *parts, axis=2) if len(parts) > 1 else parts[0]
+
+
+def _waves(nodes: Nodes, encoder: ValueEncoder) -> str:
+    """sin and cos of 2 pi x / period, [T, B, 2P]; as cos(2 pi t) = sin(2 pi (1/4 - |t - round(t)|))."""
+    columns = [column for column in encoder.periodic for _ in ("sin", "cos")]
+    x = nodes.add("Gather", "values", nodes.constant("encoder.periodic", columns), axis=2)
+    period = nodes.constant("encoder.period", encoder.period[columns])
+    turns = nodes.add("Div", nodes.add("Mod", x, period, fmod=1), period)
+    lag = nodes.constant("encoder.lag", [0.25, 0.0] * len(encoder.periodic))
+    lagged = nodes.add("Sub", turns, lag)
+    from_peak = nodes.add("Abs", nodes.add("Sub", lagged, nodes.add("Round", lagged)))
+    quarter = nodes.add("Sub", nodes.scalar(0.25), from_peak)
+    return odd_series(nodes, nodes.add("Mul", quarter, nodes.scalar(2 * np.pi)), SINE)
+
+
+def _scan(nodes: Nodes, module: RecurrentModel, entries: str) -> str:
+    """Run the step over time; names `<state>_next` and returns the head's raw values [T, B, N]."""
+    names, layers = state_names(module.config.cell), range(module.config.layers)
+    before = [[nodes.add("Gather", name, _index(nodes, i), axis=0) for i in layers] for name in names]
+    flat = [value for values in before for value in values]
+    *after, raw = nodes.add_many(
+        "Scan", *flat, entries, outputs=len(flat) + 1, body=_step(module, nodes.constants), num_scan_inputs=1
+    )
+    for i, name in enumerate(names):
+        rows = nodes.add("Concat", *after[i * len(layers) : (i + 1) * len(layers)], axis=0)
+        shape = nodes.constant("states.shape", [len(layers), -1, module.config.hidden])
+        nodes.name(nodes.add("Reshape", rows, shape), f"{name}_next")
+    return raw
+
+
+def _index(nodes: Nodes, i: int) -> str:
+    return nodes.constant(f"index.{i}", np.array(i))
+
+
+def _step(module: RecurrentModel, constants: dict[str, TensorProto]) -> onnx.GraphProto:
+    """The Scan's body, one step of all layers: states [B, H] each, entry -> states', raw head values [B, N]."""
+    config, step = module.config, Nodes("step.", constants)
+    names = state_names(config.cell)
+    befores = [f"{name}{i}" for name in names for i in range(config.layers)]
+    x, afters = "entry", {}
+    for i in range(config.layers):
+        drive = x if i == 0 and config.vocabulary else step.linear(x, *input_constants(step, module, i))
+        states = CELLS[config.cell](step, module, i, drive)
+        afters.update({f"{name}{i}": value for name, value in zip(names, states, strict=True)})
+        x = states[0]
+    raw = step.linear(x, *_head_constants(step, module))
+    for name in befores:
+        step.name(afters[name], f"{name}_next")
+    step.name(raw, "raw")
+    return helper.make_graph(
+        step.nodes,
+        "cell",
+        [_float_info(name, ["B", config.hidden]) for name in befores] + [_float_info("entry", ["B", None])],
+        [_float_info(f"{name}_next", ["B", config.hidden]) for name in befores] + [_float_info("raw", ["B", None])],
+    )
+
+
+def _float_info(name: str, axes: list[Any]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
+
+
+def _head_constants(step: Nodes, module: RecurrentModel) -> tuple[str, str]:
+    linear = module.head.linear
+    return step.constant("head.weight", linear.weight.T), step.constant("head.bias", linear.bias)
+
+
+def _head(nodes: Nodes, module: RecurrentModel, raw: str) -> dict[str, str]:
+    """Raw head values [T, B, N] -> the task's outputs."""
+    head = module.head
+    return _forecast(nodes, head, raw) if isinstance(head, ForecastHead) else {"logits": raw}
+
+
+def _forecast(nodes: Nodes, head: ForecastHead, raw: str) -> dict[str, str]:
+    """[T, B, K * (1 + Q)] -> mean [T, B, K], quantiles [T, B, Q, K] in the data's own units."""
+    K, Q = len(head.targets), head.quantiles
+    scale = nodes.constant("head.scale", head.target_scale)
+    offset = _offset(nodes, head)
+    if not Q:
+        return {"mean": nodes.add("Add", offset, nodes.add("Mul", raw, scale))}
+    sizes = nodes.constant("head.split", [K, Q * K])
+    mean, steps = nodes.add_many("Split", raw, sizes, outputs=2, axis=2)
+    rungs = nodes.add("Mul", _ladder(nodes, steps, K, Q), scale)
+    row_offset = nodes.add("Unsqueeze", offset, nodes.constant("head.axis", [-2])) if head.residual else offset
+    return {
+        "mean": nodes.add("Add", offset, nodes.add("Mul", mean, scale)),
+        "quantiles": nodes.add("Add", row_offset, rungs),
+    }
+
+
+def _ladder(nodes: Nodes, steps: str, K: int, Q: int) -> str:
+    """[T, B, Q * K] -> [T, B, Q, K]: the first quantile as it is, each next one a softplus higher."""
+    if Q > 1:
+        sizes = nodes.constant("head.rungs", [K, (Q - 1) * K])
+        base, increments = nodes.add_many("Split", steps, sizes, outputs=2, axis=2)
+        steps = nodes.add("Concat", base, softplus(nodes, increments), axis=2)
+    rungs = nodes.add("Reshape", steps, nodes.constant("head.shape", [0, 0, Q, K]))
+    return nodes.add("CumSum", rungs, nodes.constant("head.cumsum", np.array(2)))
+
+
+def _offset(nodes: Nodes, head: ForecastHead) -> str:
+    """What a prediction is counted from: the input's own targets [T, B, K] if residual, else their means [K]."""
+    if head.residual:
+        return nodes.add("Gather", "values", nodes.constant("head.targets", head.targets), axis=2)
+    return nodes.constant("head.mean", head.target_mean)
