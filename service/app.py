@@ -16,7 +16,7 @@ from service.settings import Settings
 from service.store.base import Store
 from service.store.memory import MemoryStore
 from service.store.sqlite import SqliteStore
-from service.work import Event, Listener
+from service.work.events import Event, Listener
 
 log = structlog.get_logger(__name__)
 

@@ -16,10 +16,12 @@ from service.errors import Problem, not_ready, overloaded
 from service.runner import Folded, Runner
 from service.sampling import sample
 from service.scheduler import Scheduler
-from service.state import Array
+from service.state import Array, Row
 from service.store.base import Applied, Commit, CommitUnknown, Head, Key, Result, Store, StoreError
 from service.tasks import Codec
-from service.work import Event, Failed, Generate, Listener, LostRace, Resident, SessionWork, Work
+from service.work.base import Resident, SessionWork, Work
+from service.work.events import Event, Failed, Listener, LostRace
+from service.work.generate import Generate
 
 log = structlog.get_logger(__name__)
 
@@ -262,18 +264,14 @@ class Engine:
 
     # ------------------------------------------------------------------ sessions in memory
 
-    def peek(self, key: Key) -> Head | None:
-        """The newest committed head of a session that is in memory; from any thread."""
-        resident = self._residents.get(key)
-        return resident.head if resident is not None else None
-
     def resident(self, key: Key) -> Resident:
         """A live session, loaded from the store if need be."""
         held = self._residents.get(key)
         if held is not None:
             self._residents.move_to_end(key)
             return held
-        head = self._store.head(key)
+        # Whether the session has expired was judged when the work arrived.
+        head = self._store.head(key, at_ms=0)
         if head is None or head.status != "live":
             raise Problem("session_not_found", f"there is no session {key[1]!r}")
         loaded = self._load(head)
@@ -282,14 +280,24 @@ class Engine:
 
     def _load(self, head: Head) -> Resident:
         """The newest snapshot, and the log after it: at least one entry, which gives the last output back."""
-        snapshot = self._store.snapshot(head.branch, below=head.position)
-        specs = self.manifest.states
-        row = state.load(specs, snapshot.data) if snapshot is not None else state.initial_row(specs)
-        start = snapshot.position if snapshot is not None else 0
+        start, row = self._newest_state(head)
         tail = self._entries(head, start)
+        if len(tail) != head.position - start:
+            log.error("log_damaged", session=head.id, position=head.position, entries=start + len(tail))
+            raise Problem("internal", "the session's log is damaged; nothing was changed")
         self._wakes.inc()
-        last = tail[-1] if len(tail) else None
-        return Resident(head, row, start, tail, None, last, start)
+        return Resident(head, row, start, tail, None, tail[-1] if len(tail) else None, start)
+
+    def _newest_state(self, head: Head) -> tuple[int, Row]:
+        """(position, state) of the newest snapshot that can be read; older ones and position 0 stand behind it."""
+        specs, below = self.manifest.states, head.position
+        while (snapshot := self._store.snapshot(head.branch, below)) is not None:
+            try:
+                return snapshot.position, state.load(specs, snapshot.data)
+            except ValueError as error:
+                log.error("snapshot_unreadable", session=head.id, position=snapshot.position, error=str(error))
+                below = snapshot.position
+        return 0, state.initial_row(specs)
 
     def _entries(self, head: Head, after: int) -> Array:
         segments = self._store.log(head.branch, after, head.position)

@@ -14,39 +14,23 @@ from typing import Concatenate, ParamSpec
 import msgspec
 import structlog
 
-from service.engine import Engine
 from service.errors import Problem, invalid, not_ready
 from service.registry import Model, Registry
+from service.run import Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array
-from service.store.base import Generation, Head, Key, Segment, Store
-from service.tasks import TextStream
-from service.work import (
-    Change,
-    Done,
-    Event,
-    Failed,
-    Feed,
-    Forecast,
-    Generate,
-    Listener,
-    LostRace,
-    NewSession,
-    Path,
-    Peek,
-    Predict,
-    Suspended,
-    Token,
-    Work,
-    cancelled,
-    closed,
-)
+from service.store.base import Generation, Head, Key, Store
+from service.turns import Place, Turn
+from service.work.base import NewSession, Work
+from service.work.events import Done, Event, Failed, Listener, LostRace
+from service.work.feed import Change, Feed, Peek, Predict, cancelled, closed
+from service.work.forecast import Forecast, Path
+from service.work.generate import Generate
 
 log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
 
-MAX_WAITING = 16
 MAX_RACES = 3
 
 
@@ -85,149 +69,6 @@ class _Race(Exception):
         self.head = head
 
 
-class _Turn:
-    """Who may change a session now, and who waits for it."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
-
-
-class Run:
-    """A generate that runs: its tokens so far, and those who read them.
-
-    When nobody reads any more it is suspended at a committed position.
-    """
-
-    def __init__(self, model: Model, base: Head | None, on_end: Callable[[], None]) -> None:
-        self.model = model
-        self.base = base
-        """the session's head when the run began (None: no session, or it is being created)"""
-        self.tokens: list[Token] = []
-        self.end: Event | None = None
-        self._on_end = on_end
-        self._news = asyncio.Event()
-        self.readers = 0
-        self.work: Generate | None = None
-
-    @property
-    def engine(self) -> Engine:
-        """The engine that runs it."""
-        return self.model.engine
-
-    def listen(self, event: Event) -> None:
-        """Take an event of the work, on the event loop."""
-        if isinstance(event, Token):
-            self.tokens.append(event)
-        else:
-            self.end = event
-            self._on_end()
-        news, self._news = self._news, asyncio.Event()
-        news.set()
-
-    def ask(self, stop: str) -> None:
-        """End the run soon: "suspend" or "cancel"."""
-        if self.work is not None and self.end is None:
-            self.work.stop = "cancel" if stop == "cancel" else "suspend"
-            self.engine.wake()
-
-    @property
-    def epoch(self) -> int:
-        """The session's epoch, once the first event has come."""
-        assert self.work is not None
-        return self.work.base.head.epoch
-
-    @property
-    def suspended(self) -> bool:
-        """Whether it stopped before its end and can be resumed."""
-        return isinstance(self.end, Suspended)
-
-    async def finish(self) -> Done:
-        """Read to the end; raises Problem when it failed or was suspended by somebody else."""
-        reader = Reader(self)
-        try:
-            while await reader.next():
-                pass
-        finally:
-            reader.close()
-        return self.outcome()
-
-    async def begun(self) -> "Reader":
-        """A reader, once the first event has come; raises Problem when that is a failure."""
-        reader = Reader(self)
-        try:
-            if not await reader.wait():
-                self.outcome()
-        except BaseException:
-            reader.close()
-            raise
-        return reader
-
-    def leave(self) -> None:
-        """One reader less; when nobody reads any more the run is suspended."""
-        self.readers -= 1
-        if self.readers == 0:
-            self.ask("suspend")
-
-    async def news(self) -> None:
-        """Wait for the next event."""
-        await self._news.wait()
-
-    def outcome(self) -> Done:
-        """How the run ended."""
-        match self.end:
-            case Done():
-                return self.end
-            case Failed(problem):
-                raise problem
-            case LostRace(head):
-                raise _moved(head)
-            case _:
-                raise not_ready("the generate was suspended; it goes on where it stopped with GET .../events")
-
-
-class Reader:
-    """One who reads a run from its first token on; must be closed."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._seen = 0
-        self._open = True
-        run.readers += 1
-
-    async def wait(self) -> bool:
-        """Wait until there is something to read; False at the end."""
-        while self._seen == len(self.run.tokens):
-            if self.run.end is not None:
-                return False
-            await self.run.news()
-        return True
-
-    async def next(self) -> list[Token]:
-        """The tokens that came since the last call, at least one; none at the end."""
-        await self.wait()
-        fresh = self.run.tokens[self._seen :]
-        self._seen += len(fresh)
-        return fresh
-
-    def close(self) -> None:
-        """Stop reading."""
-        if self._open:
-            self._open = False
-            self.run.leave()
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """What `GET .../events` sends: tokens of the log, then a run's, then the end."""
-
-    head: Head
-    tokens: list[Token]
-    run: Run | None
-    after: int
-    rest: str = ""
-
-
 class Sessions:
     """All operations on sessions, and those without one."""
 
@@ -236,7 +77,7 @@ class Sessions:
         self._store = store
         self._default_ttl_s = default_ttl_s
         self._wait_s = wait_s
-        self._turns: dict[Key, _Turn] = {}
+        self._turns: dict[Key, Turn] = {}
         self._runs: dict[Key, Run] = {}
         self.draining = False
 
@@ -247,11 +88,9 @@ class Sessions:
         return live(key, await self._head(key))
 
     async def _head(self, key: Key) -> Head | None:
-        head = await asyncio.to_thread(self._store.head, key)
         # Queued or running work keeps a session from expiring under it.
-        if head is not None and head.status == "expired" and key in self._runs:
-            return self._runs[key].engine.peek(key) or head
-        return head
+        turn = self._turns.get(key)
+        return await asyncio.to_thread(self._store.head, key, turn.since_ms if turn is not None else None)
 
     def model_of(self, head: Head) -> Model:
         """The model version that a session is pinned to."""
@@ -362,7 +201,7 @@ class Sessions:
                     race = lost
                     if opening.position is not None:
                         break
-            raise _moved(race.head if race is not None else None)
+            raise moved(race.head if race is not None else None)
 
     async def generate(self, key: Key, inputs: object | None, generation: Generation, opening: Opening) -> Run:
         """Begin a generate; it goes on while somebody reads it."""
@@ -385,7 +224,7 @@ class Sessions:
         key: Key,
         model: Model,
         head: Head | None,
-        turn: "_Entered",
+        turn: "Place",
         prompt: Array | None,
         generation: Generation,
         new: NewSession | None = None,
@@ -454,7 +293,7 @@ class Sessions:
         end = generation.end if generation.end is not None else base.position
         segments = await asyncio.to_thread(self._store.log, base.branch, generation.start, end)
         model = self._registry.of(head)
-        tokens, rest = _tokens(model, generation, segments)
+        tokens, rest = tokens_of(model, generation, segments)
         return Replay(head, [token for token in tokens if token.position > after], run, after, rest)
 
     # ------------------------------------------------------------------ upkeep
@@ -480,10 +319,10 @@ class Sessions:
 
     # ------------------------------------------------------------------ inside
 
-    def _turn(self, key: Key) -> "_Entered":
+    def _turn(self, key: Key) -> "Place":
         if self.draining:
             raise not_ready("the service is stopping")
-        return _Entered(self._turns, key, self._wait_s)
+        return Place(self._turns, key, self._wait_s)
 
     async def _open(self, key: Key, opening: Opening) -> tuple[Model, NewSession | None]:
         """The live session's model, or what a new one begins with; raises Problem when neither can be."""
@@ -495,7 +334,7 @@ class Sessions:
         if opening.model not in (None, head.model) or opening.version not in (None, head.version):
             raise Problem("model_mismatch", f"session {key[1]!r} is of {head.model} version {head.version}")
         if opening.position not in (None, head.position):
-            raise _moved(head)
+            raise moved(head)
         return self._registry.of(head), None
 
     def _new(self, key: Key, opening: Opening) -> NewSession:
@@ -530,49 +369,6 @@ class Sessions:
                 raise not_ready("the work was dropped")
 
 
-class _Entered:
-    """A place in a session's queue, and its turn once it has come."""
-
-    def __init__(self, turns: dict[Key, _Turn], key: Key, wait_s: float) -> None:
-        self._turns = turns
-        self._key = key
-        self._wait_s = wait_s
-        self._turn: _Turn | None = None
-
-    async def __aenter__(self) -> "_Entered":
-        turn = self._turns.setdefault(self._key, _Turn())
-        if turn.users > MAX_WAITING:
-            raise Problem(
-                "session_busy", f"{MAX_WAITING} operations wait for session {self._key[1]!r}; try again later"
-            )
-        turn.users += 1
-        try:
-            async with asyncio.timeout(self._wait_s):
-                await turn.lock.acquire()
-        except BaseException as error:
-            self._release(turn)
-            if isinstance(error, TimeoutError):
-                raise Problem("session_busy", f"waited {self._wait_s:g} s for session {self._key[1]!r}") from error
-            raise
-        self._turn = turn
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.leave()
-
-    def leave(self) -> None:
-        """Give the turn to the next."""
-        if self._turn is not None:
-            turn, self._turn = self._turn, None
-            turn.lock.release()
-            self._release(turn)
-
-    def _release(self, turn: _Turn) -> None:
-        turn.users -= 1
-        if turn.users == 0:
-            del self._turns[self._key]
-
-
 def live(key: Key, head: Head | None) -> Head:
     """The head if the session lives; else raises Problem saying whether it ever did."""
     if head is None:
@@ -591,13 +387,6 @@ def _head_of(done: Done) -> Head:
     return done.head
 
 
-def _moved(head: Head | None) -> Problem:
-    if head is None:
-        return Problem("session_not_found", "the session does not live any more")
-    detail = f"the session stands at position {head.position}"
-    return Problem("position_mismatch", detail, epoch=head.epoch, position=head.position)
-
-
 def _unfinished(head: Head) -> bool:
     return head.generation is not None and head.generation.finish_reason is None
 
@@ -611,20 +400,3 @@ def _needs_language_model(model: Model) -> None:
 def _bound_outputs(model: Model, steps: int, last_only: bool) -> None:
     if not last_only and steps > model.most_outputs:
         raise invalid(f"predictions of all steps are for at most {model.most_outputs} steps a request", "/predictions")
-
-
-def _tokens(model: Model, generation: Generation, segments: Sequence[Segment]) -> tuple[list[Token], str]:
-    """The tokens of a generate from the log, with the very text each had, and text that was held back at its end."""
-    codec = model.engine.codec
-    stream = TextStream(codec, generation.stop)
-    tokens: list[Token] = []
-    for segment in segments:
-        logprobs = memoryview(segment.logprobs).cast("f")
-        for i, entry in enumerate(codec.entries(segment.data).tolist()):
-            text, _ = stream.push(entry)
-            tokens.append(Token(segment.start + i + 1, entry, text, logprobs[i]))
-    rest = stream.flush() if generation.finish_reason is not None else ""
-    if tokens and generation.finish_reason == "length":
-        tokens[-1] = Token(tokens[-1].position, tokens[-1].token, tokens[-1].text + rest, tokens[-1].logprob)
-        rest = ""
-    return tokens, rest

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from safetensors import SafetensorError
 
 from service.bundle import DTYPES, StateSpec
 
@@ -40,7 +41,10 @@ def dump(specs: Sequence[StateSpec], row: Row) -> bytes:
 
 def load(specs: Sequence[StateSpec], data: bytes) -> Row:
     """Inverse of `dump`; raises ValueError when names, shapes or types are not the manifest's."""
-    tensors = safetensors.numpy.load(data)
+    try:
+        tensors = safetensors.numpy.load(data)
+    except SafetensorError as error:
+        raise ValueError(f"not a safetensors file: {error}") from error
     row = tuple(tensors.get(spec.name, np.empty(0)) for spec in specs)
     for spec, array in zip(specs, row, strict=True):
         if array.shape != spec.row_shape or array.dtype != DTYPES[spec.dtype]:

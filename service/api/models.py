@@ -12,7 +12,7 @@ from service.bundle import Manifest
 from service.errors import invalid
 from service.registry import Model, Registry
 from service.state import Array
-from service.work import Done
+from service.work.events import Done
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

@@ -38,6 +38,9 @@ async def read(request: Request, schema: type[Body]) -> Body:
             "unsupported_media_type",
             "the body must be JSON and say so: -H 'Content-Type: application/json' (curl sends a form otherwise)",
         )
+    if "idempotency-key" in request.headers:
+        # To take a key and not to honour it would let a retry feed twice.
+        raise Problem("bad_request", "Idempotency-Key is not supported by this version: fence with `position` instead")
     return schema.model_validate_json(await read_bytes(request))
 
 

@@ -30,7 +30,7 @@ from service.errors import Problem, invalid
 from service.session import Fed, Opening
 from service.store.base import Head
 from service.tasks import Codec
-from service.work import Done
+from service.work.events import Done
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 

@@ -30,9 +30,10 @@ from service.api.requests import (
 from service.api.responses import ERRORS, JsonResponse, described
 from service.api.sessions import SessionId
 from service.errors import Problem, invalid
-from service.session import Opening, Reader, Run, new_seed
+from service.run import Reader, Run
+from service.session import Opening, new_seed
 from service.store.base import Generation
-from service.work import Done, Token
+from service.work.events import Done, Token
 
 router = APIRouter(prefix="/v1", tags=["generate"])
 

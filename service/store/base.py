@@ -161,8 +161,11 @@ class Store(Protocol):
         Raises StoreError when nothing was applied, CommitUnknown when that can not be told.
         """
 
-    def head(self, key: Key) -> Head | None:
-        """The head of a session, also of a closed or expired one while its tombstone lasts."""
+    def head(self, key: Key, at_ms: int | None = None) -> Head | None:
+        """The head of a session, also of a closed or expired one while its tombstone lasts.
+
+        Whether it is expired is judged at `at_ms`, by default now.
+        """
 
     def log(self, branch: str, after: int, to: int) -> list[Segment]:
         """The segments that hold positions after + 1 to `to`, in order, cut to that range."""

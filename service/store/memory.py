@@ -60,11 +60,11 @@ class MemoryStore:
         self._log.pop(branch, None)
         self._snapshots.pop(branch, None)
 
-    def head(self, key: Key) -> Head | None:
+    def head(self, key: Key, at_ms: int | None = None) -> Head | None:
         """The head of a session."""
         with self._lock:
             head = self._heads.get(key)
-            return head.at(now_ms()) if head is not None else None
+            return head.at(now_ms() if at_ms is None else at_ms) if head is not None else None
 
     def log(self, branch: str, after: int, to: int) -> list[Segment]:
         """Positions after + 1 to `to`, in order."""

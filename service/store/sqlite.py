@@ -237,11 +237,11 @@ class SqliteStore:
                 self._failure = str(error)
                 raise StoreError(f"the store can not be read: {error}") from error
 
-    def head(self, key: Key) -> Head | None:
+    def head(self, key: Key, at_ms: int | None = None) -> Head | None:
         """The head of a session."""
         with self._reading():
             stored = self._stored(key)
-            return stored.at(now_ms()) if stored is not None else None
+            return stored.at(now_ms() if at_ms is None else at_ms) if stored is not None else None
 
     def log(self, branch: str, after: int, to: int) -> list[Segment]:
         """Positions after + 1 to `to`, in order."""

@@ -1,0 +1,1 @@
+"""Pieces of work that the engine advances, a kind a file."""

@@ -1,0 +1,151 @@
+"""Generating: token after token, each committed before it is sent."""
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from service.sampling import Purpose, Sampling, log_softmax, uniforms
+from service.state import Array
+from service.store.base import Commit, Generation, Head, Key
+from service.tasks import TextStream
+from service.work.base import Host, NewSession, Resident, SessionWork
+from service.work.events import Done, Listener, Suspended, Token
+
+_UNIFORM_BLOCK = 64
+
+
+class Generate(SessionWork):
+    """Draw token after token; in a session each is committed before it is sent.
+
+    `resumed` continues the session's suspended generate instead of beginning a new one.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        key: Key | None,
+        prompt: Array | None,
+        generation: Generation,
+        new: NewSession | None = None,
+        resumed: bool = False,
+    ) -> None:
+        cost = (len(prompt) if prompt is not None else 0) + 1
+        super().__init__(listener, cost, key or ("", ""), new)
+        self._in_session = key is not None
+        self._prompt = prompt
+        self.resumed = resumed
+        self._uncommitted: tuple[int, float] | None = None
+        self.generation = generation
+        self.sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
+
+    def begin(self, host: Host) -> None:
+        """Fold what is left of the log and the prompt."""
+        if self._in_session:
+            self.open(host)
+        else:
+            self.new = NewSession(self.key, self.generation.seed)
+            self.open(host)
+        self._created = self.new is not None and self._in_session
+        self._position = self.base.head.position
+        self._text = TextStream(host.codec, self.generation.stop)
+        if self.resumed:
+            self._recall(host)
+        else:
+            self._start(host)
+
+    def _start(self, host: Host) -> None:
+        if self._prompt is None:
+            self._prompt = host.codec.start() if self._position == 0 else host.codec.none()
+        self.entries = np.concatenate([self.base.tail, self._prompt])
+        self._position += len(self._prompt)
+        self.generation = msgspec.structs.replace(
+            self.generation, start=self._position, prompt_tokens=len(self._prompt)
+        )
+
+    def _recall(self, host: Host) -> None:
+        """Bring the text stream to where the suspended generate stopped."""
+        self._prompt = host.codec.none()
+        self.entries = self.base.tail
+        for token in host.log_entries(self.base.head, self.generation.start):
+            self._text.push(int(token))
+
+    @property
+    def wants_token(self) -> bool:
+        """Ready to draw once everything is folded."""
+        ready = self.stop is None and not self.finished and self._uncommitted is None
+        return ready and not self.remaining and self.output is not None
+
+    @property
+    def logits(self) -> Array:
+        """What the next token is drawn from, [V]."""
+        assert self.output is not None
+        return self.output["logits"]
+
+    def uniform(self) -> float:
+        """The number that decides the token at the next position."""
+        position = self._position + 1
+        block, offset = divmod(position, _UNIFORM_BLOCK)
+        if getattr(self, "_block", None) != block:
+            self._block = block
+            self._numbers = uniforms(self.generation.seed, block * _UNIFORM_BLOCK, _UNIFORM_BLOCK, Purpose.TOKEN)
+        return float(self._numbers[offset])
+
+    def take(self, token: int) -> None:
+        """The token drawn for the next position."""
+        self._uncommitted = (token, float(log_softmax(self.logits)[token]))
+        shown = self.generation.logprobs
+        self._alternatives = self._host.codec.alternatives(self.logits, shown) if shown else None
+        self.entries, self.cursor = np.array([token], self._host.codec.entry_dtype), 0
+        self._position += 1
+        self._piece, stopped = self._text.push(token)
+        if stopped:
+            self._finish("stop")
+        elif self._position - self.generation.start >= self.generation.max_tokens:
+            self._piece += self._text.flush()
+            self._finish("length")
+
+    def _finish(self, reason: Literal["length", "stop", "cancelled"]) -> None:
+        self.generation = msgspec.structs.replace(self.generation, finish_reason=reason, end=self._position)
+
+    def commit(self) -> Commit | None:
+        """The token just drawn, the first one with the prompt; or the end of a cancelled generate."""
+        if not self._in_session or (self._uncommitted is None and self.generation.finish_reason != "cancelled"):
+            return None
+        head = msgspec.structs.replace(self.base.head, position=self._position, generation=self.generation)
+        segments = []
+        if self._prompt is not None and len(self._prompt):
+            segments.append(self.segment(self._prompt, self.base.head.position, "fed"))
+        if self._uncommitted is not None:
+            segment = self.segment(self.entries, self._position - 1, "generated")
+            logprob = np.array([self._uncommitted[1]], "<f4").tobytes()
+            segments.append(msgspec.structs.replace(segment, logprobs=logprob))
+        return Commit(head, self.expected, tuple(segments), self.snapshots())
+
+    def applied(self, head: Head) -> Resident:
+        """Send the token."""
+        resident = self.settle(head)
+        self._prompt = None
+        self._send(head)
+        return resident
+
+    def advance(self) -> None:
+        """Without a session a token is sent as soon as it is drawn."""
+        if not self._in_session and self._uncommitted is not None:
+            self._send(None)
+
+    def _send(self, head: Head | None) -> None:
+        if self._uncommitted is not None:
+            token, logprob = self._uncommitted
+            self.events.append(Token(self._position, token, self._piece, logprob, self._alternatives))
+            self._uncommitted = None
+        if self.generation.finish_reason is not None:
+            self.end(Done(head, created=self._created, generation=self.generation, rest=self._text.flush()))
+
+    def halt(self) -> None:
+        """Suspend at the last committed token, or end there as cancelled."""
+        started = self.resumed or self._prompt is None
+        if self.stop == "cancel" and started:
+            self._finish("cancelled")
+        else:
+            self.end(Suspended(self.base.head if self._in_session else None))
