@@ -1,6 +1,8 @@
 """`python -m service`: read the settings, open the store, serve until SIGTERM."""
 
 import logging
+import os
+import socket
 import sys
 from types import FrameType
 
@@ -8,7 +10,7 @@ import structlog
 import uvicorn
 
 from service.app import create_app, open_store
-from service.settings import SettingsError, load
+from service.settings import Settings, SettingsError, load
 from service.store.base import StoreError
 
 
@@ -17,6 +19,7 @@ def main() -> int:
     try:
         settings = load()
         configure_logging(settings.log_level)
+        listener = listen(settings)
         store = open_store(settings)
     except SettingsError as error:
         return _refuse(str(error))
@@ -25,16 +28,24 @@ def main() -> int:
     app = create_app(settings, store)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, int(settings.grace_s)),
     )
     server = Server(config)
-    server.run()
+    server.run([listener])
     return 0 if server.started else 1
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The open port; raises SettingsError when it can not be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        where = f"RECURRA_HOST={settings.host!r}, RECURRA_PORT={settings.port}"
+        raise SettingsError(f"{where}: {os.strerror(error.errno) if error.errno else error}") from error
 
 
 class Server(uvicorn.Server):
@@ -47,11 +58,12 @@ class Server(uvicorn.Server):
             sessions.suspend_all()
         super().handle_exit(sig, frame)
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where to go next, once the port is open."""
-        await super().startup(sockets)  # type: ignore[arg-type]
+        await super().startup(sockets)
         if self.started:
-            where = f"http://{self.config.host}:{self.config.port}"
+            host, port = sockets[0].getsockname()[:2] if sockets else (self.config.host, self.config.port)
+            where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             print(
                 f"Recurra listens on {where}\n  what is served: {where}/v1/models\n  the API: {where}/docs", flush=True
             )

@@ -73,10 +73,13 @@ class Engine:
 
     def submit(self, work: Work) -> None:
         """Queue a piece of work, from any thread; raises Problem `overloaded` when the queue is full."""
+        if work.cost > self._max_queue_steps:
+            detail = f"{work.cost} steps at once; at most {self._max_queue_steps} (RECURRA_MAX_QUEUE_STEPS)"
+            raise Problem("payload_too_large", detail)
         with self._arrived:
             if self._stopping:
                 raise not_ready("the service is stopping")
-            if self._queued_steps and self._queued_steps + work.cost > self._max_queue_steps:
+            if self._queued_steps + work.cost > self._max_queue_steps:
                 raise overloaded(f"more than {self._max_queue_steps} steps are waiting; try again later")
             self._queued_steps += work.cost
             self._inbox.append(work)

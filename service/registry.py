@@ -14,7 +14,7 @@ from service.runner import Runner
 from service.settings import Settings
 from service.store.base import Head, Store
 
-MAX_OUTPUT_BYTES = 64 * 2**20
+MAX_OUTPUT_BYTES = 16 * 2**20
 
 log = structlog.get_logger(__name__)
 

@@ -45,6 +45,16 @@ class Run:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it has been asked to stop and has not yet."""
+        return self.end is None and self.work is not None and self.work.stop is not None
+
+    async def ended(self) -> None:
+        """Wait for the end, without reading."""
+        while self.end is None:
+            await self._news.wait()
+
     def ask(self, stop: str) -> None:
         """End the run soon: "suspend" or "cancel"."""
         if self.work is not None and self.end is None:

@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 P = ParamSpec("P")
 
 MAX_RACES = 3
+MANY = 1024
+"""work on more items than this is done beside the event loop"""
 
 
 def new_seed() -> int:
@@ -192,7 +194,7 @@ class Sessions:
             race: _Race | None = None
             for _ in range(MAX_RACES + 1):
                 model, new = await self._open(key, opening)
-                entries = model.engine.codec.encode(inputs)
+                entries = await _encode(model, inputs)
                 _bound_outputs(model, len(entries), last_only)
                 try:
                     done = await self._do(model, Feed, key, entries, last_only, new)
@@ -210,7 +212,7 @@ class Sessions:
         try:
             model, new = await self._open(key, opening)
             _needs_language_model(model)
-            prompt = model.engine.codec.encode(inputs) if inputs is not None else None
+            prompt = await _encode(model, inputs) if inputs is not None else None
             head = None if new is not None else await self.head(key)
             seed = opening.seed if opening.seed is not None else (head.seed if head is not None else None)
             generation = msgspec.structs.replace(generation, seed=new.seed if new is not None else seed)
@@ -240,11 +242,11 @@ class Sessions:
         self._runs[key] = run
         return run
 
-    def generate_alone(self, model: Model, inputs: object | None, generation: Generation) -> Run:
+    async def generate_alone(self, model: Model, inputs: object | None, generation: Generation) -> Run:
         """A generate without a session: nothing is kept."""
         _needs_language_model(model)
         codec = model.engine.codec
-        prompt = codec.encode(inputs) if inputs is not None else codec.start()
+        prompt = await _encode(model, inputs) if inputs is not None else codec.start()
         run = Run(model, None, lambda: None)
         run.work = Generate(run.listen, None, prompt, generation)
         model.engine.submit(run.work)
@@ -258,6 +260,9 @@ class Sessions:
         if epoch != head.epoch:
             raise Problem("log_truncated", f"event ids of epoch {epoch} are gone; the session is in epoch {head.epoch}")
         run = self._runs.get(key)
+        if run is not None and run.stopping:
+            await run.ended()
+            run, head = None, await self.head(key)
         if run is None and _unfinished(head):
             run = await self._resume(key)
         head = await self.head(key)
@@ -385,6 +390,13 @@ def live(key: Key, head: Head | None) -> Head:
 def _head_of(done: Done) -> Head:
     assert done.head is not None
     return done.head
+
+
+async def _encode(model: Model, inputs: object) -> Array:
+    """Inputs as entries; many of them beside the event loop."""
+    encode = model.engine.codec.encode
+    few = not isinstance(inputs, str | list) or len(inputs) < MANY
+    return encode(inputs) if few else await asyncio.to_thread(encode, inputs)
 
 
 def _unfinished(head: Head) -> bool:

@@ -28,6 +28,7 @@ class Codec:
         self.manifest = manifest
         self.symbolic = bool(manifest.symbols)
         self._ids = {symbol: i for i, symbol in enumerate(manifest.symbols)}
+        self._table = _character_table(manifest) if self.symbolic else None
         self._features = {feature.name: i for i, feature in enumerate(manifest.features)}
         self._target_features = [self._features.get(target.name) for target in manifest.targets]
         self.entry_shape = () if self.symbolic else (len(manifest.features),)
@@ -43,6 +44,11 @@ class Codec:
         return entries
 
     def _encode_symbols(self, inputs: object, pointer: str) -> Array:
+        if isinstance(inputs, str) and self._table is not None:
+            codes = np.frombuffer(inputs.encode("utf-32-le", "surrogatepass"), "<u4")
+            entries = self._table[np.minimum(codes, len(self._table) - 1)]
+            if (entries >= 0).all():
+                return np.asarray(entries)
         if isinstance(inputs, str):
             splitter = self.manifest.splitter
             items: Sequence[object] = splitter.split(inputs) if splitter is not None else list(inputs)
@@ -235,6 +241,17 @@ class Codec:
                 raise invalid(f"missing: {missing}, unknown: {unknown[:5]}", f"/future/{i}")
             told.append({n: _value(by_name[n], v, f"/future/{i}/{n}") for n, v in row.items()})
         return told + [{} for _ in range(horizon - 1 - len(told))]
+
+
+def _character_table(manifest: Manifest) -> Array | None:
+    """Code point to id, -1 where there is none; None when symbols are not single characters."""
+    splitter = manifest.splitter
+    plain = splitter is not None and splitter.kind == "characters" and not splitter.lowercase
+    if not plain or any(len(symbol) != 1 for symbol in manifest.symbols):
+        return None
+    table = np.full(max(map(ord, manifest.symbols)) + 2, -1, "<i4")
+    table[[ord(symbol) for symbol in manifest.symbols]] = np.arange(len(manifest.symbols))
+    return table
 
 
 def _shifted(name: str, outputs: Output, before: Output | None) -> Array:

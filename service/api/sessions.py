@@ -1,5 +1,6 @@
 """Routes of sessions: create, look, feed, forecast, close."""
 
+import asyncio
 import base64
 import binascii
 import secrets
@@ -27,7 +28,7 @@ from service.api.requests import (
 )
 from service.api.responses import ERRORS, JsonResponse, described
 from service.errors import Problem, invalid
-from service.session import Fed, Opening
+from service.session import MANY, Fed, Opening
 from service.store.base import Head
 from service.tasks import Codec
 from service.work.events import Done
@@ -37,6 +38,7 @@ router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 MAX_METADATA_BYTES = 16 * 1024
 MAX_SAMPLES = 1000
 MAX_HORIZON = 10_000
+MAX_SAMPLED_STEPS = 100_000
 
 SessionId = Annotated[str, Path(pattern=SESSION_ID, description="chosen by the client, or given at creation")]
 
@@ -159,7 +161,10 @@ async def steps(request: Request, session_id: SessionId) -> Response:
     body = await read(request, StepsBody)
     opening = Opening(body.model, body.version, body.seed, body.position)
     work = sessions_of(request).feed(key_of(session_id), body.inputs, opening, body.predictions != "all")
-    return JsonResponse(steps_answer(await while_connected(request, work), body))
+    fed = await while_connected(request, work)
+    if body.predictions == "all" and len(fed.entries) > MANY:
+        return JsonResponse(await asyncio.to_thread(steps_answer, fed, body))
+    return JsonResponse(steps_answer(fed, body))
 
 
 def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
@@ -195,6 +200,8 @@ async def forecast(request: Request, session_id: SessionId) -> Response:
     manifest = sessions.model_of(await sessions.head(key)).bundle.manifest
     if manifest.task != "forecaster":
         raise Problem("task_mismatch", f"{manifest.name} is a {manifest.task}: forecast is for forecasters")
+    if body.horizon * body.samples > MAX_SAMPLED_STEPS:
+        raise invalid(f"horizon times samples is at most {MAX_SAMPLED_STEPS}", "/samples")
     levels = _levels(body, manifest.quantiles)
     model, done, paths = await while_connected(
         request, sessions.forecast(key, body.horizon, body.future, body.samples, body.seed)

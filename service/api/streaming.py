@@ -111,7 +111,7 @@ async def generate_alone(request: Request, model: str) -> Response:
     loaded = request.app.state.registry.get(model, body.version)
     seed = body.seed if body.seed is not None else new_seed()
     generation = msgspec.structs.replace(generation_of(body), seed=seed)
-    run = sessions_of(request).generate_alone(loaded, body.inputs, generation)
+    run = await sessions_of(request).generate_alone(loaded, body.inputs, generation)
     return await answer(request, run, body, None)
 
 
