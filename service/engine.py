@@ -14,7 +14,7 @@ import structlog
 from service import metrics, state
 from service.errors import Problem, not_ready, overloaded
 from service.runner import Folded, Runner
-from service.sampling import sample
+from service.sampling import log_softmax, sample
 from service.scheduler import Scheduler
 from service.state import Array, Row
 from service.store.base import Applied, Commit, CommitUnknown, Head, Key, Result, Store, StoreError
@@ -204,8 +204,9 @@ class Engine:
         logits = np.stack([work.logits for work in works])
         uniform = np.array([work.uniform() for work in works])
         tokens = sample(logits, [work.sampling for work in works], uniform)
-        for work, token in zip(works, tokens.tolist(), strict=True):
-            work.take(token)
+        logprobs = log_softmax(logits)[np.arange(len(works)), tokens]
+        for work, token, logprob in zip(works, tokens.tolist(), logprobs.tolist(), strict=True):
+            work.take(token, logprob)
         self._tokens.inc(len(works))
 
     # ------------------------------------------------------------------ commit

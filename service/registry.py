@@ -89,10 +89,14 @@ class Registry:
 
     def of(self, head: Head) -> Model:
         """The model version that a session is pinned to, by its graph's checksum."""
-        model = self._models.get(head.model, {}).get(head.version)
-        if model is None or model.bundle.manifest.graph_sha256 != head.graph:
+        if not self.has(head):
             raise not_ready(f"{head.model} version {head.version}, which the session was begun with, is not loaded")
-        return model
+        return self._models[head.model][head.version]
+
+    def has(self, head: Head) -> bool:
+        """Whether the model version that a session is pinned to is loaded."""
+        model = self._models.get(head.model, {}).get(head.version)
+        return model is not None and model.bundle.manifest.graph_sha256 == head.graph
 
     def start(self) -> None:
         """Start every engine."""

@@ -19,7 +19,7 @@ from service.registry import Model, Registry
 from service.run import Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array
-from service.store.base import Generation, Head, Key, Store
+from service.store.base import Applied, Commit, Generation, Head, Key, Store
 from service.turns import Place, Turn
 from service.work.base import NewSession, Work
 from service.work.events import Done, Event, Failed, Listener, LostRace
@@ -181,9 +181,15 @@ class Sessions:
 
     async def _change(self, key: Key, change: Callable[[Head], Head]) -> Head:
         for _ in range(MAX_RACES + 1):
-            model = self._registry.of(await self.head(key))
+            head = await self.head(key)
+            if not self._registry.has(head):
+                # No engine holds it, so nobody else in this process can be moving it.
+                result = (await asyncio.to_thread(self._store.commit, [Commit(change(head), head.fence)]))[0]
+                if isinstance(result, Applied):
+                    return result.head
+                continue
             try:
-                return _head_of(await self._do(model, Change, key, change))
+                return _head_of(await self._do(self._registry.of(head), Change, key, change))
             except _Race:
                 continue
         raise Problem("session_busy", "other replicas keep moving the session; try again")

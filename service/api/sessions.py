@@ -97,7 +97,7 @@ async def create(request: Request) -> Response:
     session_id = body.id if body.id is not None else new_id()
     opening = Opening(body.model, body.version, body.seed, ttl_s=body.ttl_s, metadata=_checked_metadata(body.metadata))
     head = await sessions_of(request).create(key_of(session_id), opening)
-    return JsonResponse(session(request, head), 201, {"Location": f"/v1/sessions/{head.id}"})
+    return JsonResponse(session(head), 201, {"Location": f"/v1/sessions/{head.id}"})
 
 
 @router.get("", responses=described(200, "a page of live sessions, ordered by id", "SessionList"))
@@ -111,13 +111,13 @@ async def list_sessions(
     after = _read_cursor(cursor) if cursor is not None else ""
     heads = await sessions_of(request).heads("", model, after, limit)
     following = _cursor(heads[-1].id) if len(heads) == limit else None
-    return JsonResponse({"data": [session(request, head) for head in heads], "next_cursor": following})
+    return JsonResponse({"data": [session(head) for head in heads], "next_cursor": following})
 
 
 @router.get("/{session_id}", responses=described(200, "the session", "Session", *ERRORS))
 async def get(request: Request, session_id: SessionId) -> Response:
     """Look at a session."""
-    return JsonResponse(session(request, await sessions_of(request).head(key_of(session_id))))
+    return JsonResponse(session(await sessions_of(request).head(key_of(session_id))))
 
 
 @router.patch(
@@ -130,7 +130,7 @@ async def update(request: Request, session_id: SessionId) -> Response:
     body = await read(request, UpdateBody)
     metadata = _checked_metadata(body.metadata)
     work = sessions_of(request).update(key_of(session_id), metadata, body.ttl_s)
-    return JsonResponse(session(request, await while_connected(request, work)))
+    return JsonResponse(session(await while_connected(request, work)))
 
 
 @router.delete("/{session_id}", status_code=204, responses=described(204, "it is closed", None, "session_not_found"))
@@ -143,7 +143,7 @@ async def delete(request: Request, session_id: SessionId) -> Response:
 @router.post("/{session_id}/cancel", responses=described(200, "the session", "Session", *ERRORS))
 async def cancel(request: Request, session_id: SessionId) -> Response:
     """End a running or suspended generate where it stands."""
-    return JsonResponse(session(request, await sessions_of(request).cancel(key_of(session_id))))
+    return JsonResponse(session(await sessions_of(request).cancel(key_of(session_id))))
 
 
 @router.post(
@@ -258,7 +258,7 @@ def _where(head: Head) -> dict[str, Any]:
     return {"session": head.id, "epoch": head.epoch, "position": head.position}
 
 
-def session(request: Request, head: Head) -> dict[str, Any]:
+def session(head: Head) -> dict[str, Any]:
     """A session as clients see it."""
     return {
         "id": head.id,
@@ -272,7 +272,7 @@ def session(request: Request, head: Head) -> dict[str, Any]:
         "expires_at": timestamp(head.expires_ms) if head.expires_ms is not None else None,
         "metadata": head.metadata,
         "parent": msgspec.to_builtins(head.parent) if head.parent is not None else None,
-        "state_bytes": sessions_of(request).model_of(head).bundle.manifest.state_bytes,
+        "state_bytes": head.state_bytes,
     }
 
 

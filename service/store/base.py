@@ -72,6 +72,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     status: Literal["live", "closed", "expired"] = "live"
     commit_id: bytes = b""
     generation: Generation | None = None
+    state_bytes: int = 0
 
     @property
     def key(self) -> Key:

@@ -416,7 +416,10 @@ class SqliteStore:
         self._stop.set()
         self._spreader.join()
         with self._lock:
-            self._spread()
+            try:
+                self._spread()
+            except sqlite3.Error as error:
+                log.error("store_failed", error=str(error))  # the journal keeps it for the next start
             self._db.close()
         os.close(self._lock_file)
 

@@ -166,6 +166,7 @@ class SessionWork(Work):
             branch=secrets.token_hex(8),
             ttl_s=new.ttl_s,
             metadata=dict(new.metadata),
+            state_bytes=manifest.state_bytes,
         )
         return Resident(head, state.initial_row(manifest.states), 0, host.codec.none(), None, None, 0)
 

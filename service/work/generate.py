@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from service.sampling import Purpose, Sampling, log_softmax, uniforms
+from service.sampling import Purpose, Sampling, uniforms
 from service.state import Array
 from service.store.base import Commit, Generation, Head, Key
 from service.tasks import TextStream
@@ -91,9 +91,9 @@ class Generate(SessionWork):
             self._numbers = uniforms(self.generation.seed, block * _UNIFORM_BLOCK, _UNIFORM_BLOCK, Purpose.TOKEN)
         return float(self._numbers[offset])
 
-    def take(self, token: int) -> None:
-        """The token drawn for the next position."""
-        self._uncommitted = (token, float(log_softmax(self.logits)[token]))
+    def take(self, token: int, logprob: float) -> None:
+        """The token drawn for the next position, and its log-probability at temperature 1."""
+        self._uncommitted = (token, logprob)
         shown = self.generation.logprobs
         self._alternatives = self._host.codec.alternatives(self.logits, shown) if shown else None
         self.entries, self.cursor = np.array([token], self._host.codec.entry_dtype), 0
