@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 from types import FrameType
@@ -56,7 +57,9 @@ class Server(uvicorn.Server):
         sessions = getattr(self.config.app.state, "sessions", None)  # type: ignore[union-attr]
         if sessions is not None:
             sessions.suspend_all()
-        super().handle_exit(sig, frame)
+        # Not uvicorn's own: that raises the signal again at the end, and the exit code would not be 0.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where to go next, once the port is open."""

@@ -8,11 +8,12 @@ bundles) and the service (which reads them); it imports neither torch nor onnxru
 import hashlib
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
@@ -174,6 +175,30 @@ class Manifest(_Strict):
         if list(self.quantiles) != sorted(set(self.quantiles)) or any(not 0 < q < 1 for q in self.quantiles):
             raise ValueError("quantiles must be ascending numbers between 0 and 1")
         return self
+
+    @model_validator(mode="after")
+    def _shapes_fit_the_task(self) -> "Manifest":
+        width = {spec.name: spec.shape[2:] for spec in (*self.inputs, *self.outputs)}
+        K, Q = len(self.targets), len(self.quantiles)
+        needed: dict[str, tuple[int, ...]] = {}
+        if self.input_kind == "values":
+            needed[self.inputs[0].name] = (len(self.features),)
+        if self.task == "language-model":
+            needed["logits"] = (len(self.symbols),)
+        if self.task == "classifier":
+            needed["logits"] = (len(self.labels),)
+        if self.task == "forecaster":
+            needed |= {"mean": (K,)} | ({"quantiles": (Q, K)} if Q else {})
+        for name, shape in needed.items():
+            if width.get(name) != shape:
+                raise ValueError(f"{name!r} must have the shape [T, B, {', '.join(map(str, shape))}]")
+        return self
+
+    @field_validator("created")
+    @classmethod
+    def _created_is_a_time(cls, created: str) -> str:
+        datetime.fromisoformat(created.replace("Z", "+00:00"))
+        return created
 
     @property
     def graph_sha256(self) -> str:

@@ -182,7 +182,7 @@ class Engine:
             if finite or all(np.isfinite(array).all() for array in outputs.values()):
                 work.folded(outputs, folded.rows[i])
             else:
-                self._fail(work, Problem("numeric_fault", "the model produced a number that is not finite"))
+                work.end(Failed(_numeric_fault(work)))
 
     def _fold_alone(self, works: list[Work], steps: int) -> None:
         """After a batch failed: each row once alone, so that one bad row harms no other."""
@@ -191,10 +191,7 @@ class Engine:
                 self._scatter([work], self._runner.run([work.chunk(steps)], [work.row]))
             except Exception:
                 log.exception("row_failed", model=self.manifest.name)
-                self._fail(work, Problem("internal", "the model could not be run on these inputs"))
-
-    def _fail(self, work: Work, problem: Problem) -> None:
-        work.end(Failed(problem))
+                work.end(Failed(Problem("internal", "the model could not be run on these inputs")))
 
     # ------------------------------------------------------------------ draw
 
@@ -231,6 +228,12 @@ class Engine:
         except StoreError as error:
             log.error("commit_failed", error=str(error))
             return [not_ready("the store can not be written; nothing was changed")] * len(due)
+        except Exception:
+            # Something in one commit could not be written: the others shall not suffer for it.
+            log.exception("commit_failed")
+            if len(due) == 1:
+                return [Problem("internal", "the session could not be written; nothing was changed")]
+            return [result for one in due for result in self._committed([one])]
 
     def _settle(self, work: Work, key: Key, result: Result | Problem) -> None:
         if isinstance(result, Applied):
@@ -323,3 +326,10 @@ class Engine:
         self._residents.move_to_end(key)
         if len(self._residents) > self._max_resident:
             self._residents.popitem(last=False)
+
+
+def _numeric_fault(work: Work) -> Problem:
+    detail = "the model produced a number that is not finite; the session stays where it was"
+    if isinstance(work, SessionWork):
+        return Problem("numeric_fault", detail, last_good_position=work.base.head.position)
+    return Problem("numeric_fault", detail)

@@ -52,11 +52,17 @@ class Registry:
         try:
             model = self._open(load(path))
         except BundleError as error:
-            self.problems[name] = str(error)
-            log.error("model_skipped", model=name, reason=str(error))
-            return
-        self._models.setdefault(path.parent.name, {})[int(path.name)] = model
-        log.info("model_loaded", model=name, batches_exactly=model.runner.batches_exactly)
+            self._skip(name, str(error))
+        except Exception as error:
+            # A bundle is a stranger's file: whatever is wrong with it must not keep the others from being served.
+            self._skip(name, f"it can not be read: {type(error).__name__}: {str(error)[:200]}")
+        else:
+            self._models.setdefault(path.parent.name, {})[int(path.name)] = model
+            log.info("model_loaded", model=name, batches_exactly=model.runner.batches_exactly)
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.problems[name] = reason
+        log.error("model_skipped", model=name, reason=reason)
 
     def _open(self, bundle: Bundle) -> Model:
         if isinstance(bundle.manifest.memory, Window):

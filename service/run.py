@@ -72,27 +72,6 @@ class Run:
         """Whether it stopped before its end and can be resumed."""
         return isinstance(self.end, Suspended)
 
-    async def finish(self) -> Done:
-        """Read to the end; raises Problem when it failed or was suspended by somebody else."""
-        reader = Reader(self)
-        try:
-            while await reader.next():
-                pass
-        finally:
-            reader.close()
-        return self.outcome()
-
-    async def begun(self) -> "Reader":
-        """A reader, once the first event has come; raises Problem when that is a failure."""
-        reader = Reader(self)
-        try:
-            if not await reader.wait():
-                self.outcome()
-        except BaseException:
-            reader.close()
-            raise
-        return reader
-
     def leave(self) -> None:
         """One reader less; when nobody reads any more the run is suspended."""
         self.readers -= 1
@@ -140,6 +119,17 @@ class Reader:
         self._seen += len(fresh)
         return fresh
 
+    async def begun(self) -> None:
+        """Wait for the first event; raises Problem when that is a failure."""
+        if not await self.wait():
+            self.run.outcome()
+
+    async def finish(self) -> Done:
+        """Read to the end; raises Problem when it failed or was suspended by somebody else."""
+        while await self.next():
+            pass
+        return self.run.outcome()
+
     def close(self) -> None:
         """Stop reading."""
         if self._open:
@@ -153,7 +143,7 @@ class Replay:
 
     head: Head
     tokens: list[Token]
-    run: Run | None
+    reader: Reader | None
     after: int
     rest: str = ""
 

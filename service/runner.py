@@ -114,6 +114,9 @@ def _verify_golden(runner: Runner, bundle: Bundle) -> tuple[bool, str]:
 
 
 def _compare(manifest: Manifest, golden: dict[str, Array], whole: Folded) -> None:
+    for output in manifest.outputs:
+        if whole.outputs[output.name].shape[2:] != output.shape[2:]:
+            raise BundleError(f"the graph's {output.name!r} is not of the manifest's shape")
     scale = {"mean": _target_std(manifest), "quantiles": _target_std(manifest)}
     for name, array in whole.outputs.items():
         _close(name, array / scale.get(name, 1.0), golden[f"torch.output.{name}"] / scale.get(name, 1.0))

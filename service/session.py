@@ -16,7 +16,7 @@ import structlog
 
 from service.errors import Problem, invalid, not_ready
 from service.registry import Model, Registry
-from service.run import Replay, Run, moved, tokens_of
+from service.run import Reader, Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array
 from service.store.base import Applied, Commit, Generation, Head, Key, Store
@@ -55,10 +55,9 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Fed:
-    """The outcome of a feed: the model, the entries as fed, and what the engine answered."""
+    """The outcome of a feed: the model, and what the engine answered."""
 
     model: Model
-    entries: Array
     done: Done
     head: Head
 
@@ -159,7 +158,7 @@ class Sessions:
         if (head := await self._head(key)) is None:
             live(key, head)
         self._cancel_run(key)
-        async with self._turn(key):
+        async with self._turn(key, urgent=True):
             head = await self._head(key)
             if head is not None and head.status == "live":
                 await self._change(key, closed)
@@ -168,7 +167,7 @@ class Sessions:
         """End a running or suspended generate where it stands."""
         await self.head(key)
         self._cancel_run(key)
-        async with self._turn(key):
+        async with self._turn(key, urgent=True):
             head = await self.head(key)
             if head.generation is None or head.generation.finish_reason is not None:
                 return head
@@ -204,7 +203,7 @@ class Sessions:
                 _bound_outputs(model, len(entries), last_only)
                 try:
                     done = await self._do(model, Feed, key, entries, last_only, new)
-                    return Fed(model, entries, done, _head_of(done))
+                    return Fed(model, done, _head_of(done))
                 except _Race as lost:
                     race = lost
                     if opening.position is not None:
@@ -232,7 +231,7 @@ class Sessions:
         key: Key,
         model: Model,
         head: Head | None,
-        turn: "Place",
+        turn: Place,
         prompt: Array | None,
         generation: Generation,
         new: NewSession | None = None,
@@ -269,17 +268,23 @@ class Sessions:
         if run is not None and run.stopping:
             await run.ended()
             run, head = None, await self.head(key)
-        if run is None and _unfinished(head):
-            run = await self._resume(key)
-        head = await self.head(key)
         newest = run.tokens[-1].position if run is not None and run.tokens else head.position
         if after > max(newest, head.position):
             raise Problem("bad_request", f"the session stands at {newest}: there is no event {epoch}.{after} yet")
-        if head.generation is None and run is None:
-            return None
-        return await self._replay(head, run, after)
+        reader = Reader(run) if run is not None else None
+        try:
+            if run is None and _unfinished(head):
+                reader = await self._resume(key)
+            head = await self.head(key)
+            if head.generation is None and reader is None:
+                return None
+            return await self._replay(head, reader, after)
+        except BaseException:
+            if reader is not None:
+                reader.close()
+            raise
 
-    async def _resume(self, key: Key) -> Run | None:
+    async def _resume(self, key: Key) -> Reader | None:
         """Continue a suspended generate; None when somebody else ended it while this one waited."""
         turn = self._turn(key)
         await turn.__aenter__()
@@ -287,25 +292,26 @@ class Sessions:
             head = await self.head(key)
             if head.generation is not None and _unfinished(head):
                 model = self._registry.of(head)
-                return self._begin_run(key, model, head, turn, None, head.generation, resumed=True)
+                return Reader(self._begin_run(key, model, head, turn, None, head.generation, resumed=True))
         except BaseException:
             turn.leave()
             raise
         turn.leave()
         return None
 
-    async def _replay(self, head: Head, run: Run | None, after: int) -> Replay:
+    async def _replay(self, head: Head, reader: Reader | None, after: int) -> Replay:
         """Read the committed tokens that a run does not hold."""
+        run = reader.run if reader is not None else None
         base = run.base if run is not None else head
         resumed = run is None or (run.work is not None and run.work.resumed)
         if base is None or base.generation is None or not resumed:
-            return Replay(head, [], run, after)
+            return Replay(head, [], reader, after)
         generation = base.generation
         end = generation.end if generation.end is not None else base.position
         segments = await asyncio.to_thread(self._store.log, base.branch, generation.start, end)
         model = self._registry.of(head)
         tokens, rest = tokens_of(model, generation, segments)
-        return Replay(head, [token for token in tokens if token.position > after], run, after, rest)
+        return Replay(head, [token for token in tokens if token.position > after], reader, after, rest)
 
     # ------------------------------------------------------------------ upkeep
 
@@ -330,10 +336,10 @@ class Sessions:
 
     # ------------------------------------------------------------------ inside
 
-    def _turn(self, key: Key) -> "Place":
+    def _turn(self, key: Key, urgent: bool = False) -> Place:
         if self.draining:
             raise not_ready("the service is stopping")
-        return Place(self._turns, key, self._wait_s)
+        return Place(self._turns, key, self._wait_s, urgent)
 
     async def _open(self, key: Key, opening: Opening) -> tuple[Model, NewSession | None]:
         """The live session's model, or what a new one begins with; raises Problem when neither can be."""

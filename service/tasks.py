@@ -239,7 +239,7 @@ class Codec:
             unknown = [name for name in row if name not in by_name]
             if missing or unknown:
                 raise invalid(f"missing: {missing}, unknown: {unknown[:5]}", f"/future/{i}")
-            told.append({n: _value(by_name[n], v, f"/future/{i}/{n}") for n, v in row.items()})
+            told.append({n: _value(by_name[n], v, f"/future/{i}/{n}") for n, v in row.items() if v is not None})
         return told + [{} for _ in range(horizon - 1 - len(told))]
 
 

@@ -20,15 +20,16 @@ class Turn:
 class Place:
     """A place in a session's queue, and its turn once it has come."""
 
-    def __init__(self, turns: dict[Key, Turn], key: Key, wait_s: float) -> None:
+    def __init__(self, turns: dict[Key, Turn], key: Key, wait_s: float, urgent: bool = False) -> None:
         self._turns = turns
         self._key = key
         self._wait_s = wait_s
+        self._urgent = urgent
         self._turn: Turn | None = None
 
     async def __aenter__(self) -> "Place":
         turn = self._turns.setdefault(self._key, Turn())
-        if turn.users > MAX_WAITING:
+        if turn.users > MAX_WAITING and not self._urgent:
             raise Problem(
                 "session_busy", f"{MAX_WAITING} operations wait for session {self._key[1]!r}; try again later"
             )

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import json
 import secrets
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -162,7 +163,7 @@ async def steps(request: Request, session_id: SessionId) -> Response:
     opening = Opening(body.model, body.version, body.seed, body.position)
     work = sessions_of(request).feed(key_of(session_id), body.inputs, opening, body.predictions != "all")
     fed = await while_connected(request, work)
-    if body.predictions == "all" and len(fed.entries) > MANY:
+    if body.predictions == "all" and len(fed.done.entries) > MANY:
         return JsonResponse(await asyncio.to_thread(steps_answer, fed, body))
     return JsonResponse(steps_answer(fed, body))
 
@@ -171,7 +172,7 @@ def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
     """The answer to a feed."""
     answer: dict[str, Any] = {
         **_where(fed.head),
-        "steps": len(fed.entries),
+        "steps": len(fed.done.entries),
     }
     if fed.done.created:
         answer["created"] = True
@@ -183,7 +184,7 @@ def predictions(fed: Fed, alternatives: int) -> list[dict[str, Any]]:
     """The predictions at the positions that were asked for."""
     shown = len(next(iter(fed.done.outputs.values())))
     first = fed.head.position - shown + 1
-    entries = fed.entries[len(fed.entries) - shown :]
+    entries = fed.done.entries[len(fed.done.entries) - shown :]
     return fed.model.engine.codec.predictions(fed.done.outputs, first, fed.done.before, entries, alternatives)
 
 
@@ -208,6 +209,9 @@ async def forecast(request: Request, session_id: SessionId) -> Response:
     )
     assert done.head is not None
     steps = [_forecast_step(model.engine.codec, done, i) for i in range(body.horizon)]
+    for step in steps:
+        if "quantiles" in step:
+            step["quantiles"] = {str(level): step["quantiles"][str(level)] for level in levels if not paths}
     if paths:
         _lay_sampled_quantiles(steps, paths, levels, [target.name for target in manifest.targets])
     return JsonResponse({**_where(done.head), "forecast": steps})
@@ -287,7 +291,13 @@ def new_id() -> str:
 
 
 def _checked_metadata(metadata: dict[str, Any] | None) -> dict[str, Any] | None:
-    if metadata is not None and len(msgspec.json.encode(metadata)) > MAX_METADATA_BYTES:
+    if metadata is None:
+        return None
+    try:
+        size = max(len(json.dumps(metadata, allow_nan=False)), len(msgspec.msgpack.encode(metadata)))
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise invalid("numbers must be finite and integers fit 64 bits", "/metadata") from error
+    if size > MAX_METADATA_BYTES:
         raise invalid(f"at most {MAX_METADATA_BYTES} bytes of JSON", "/metadata")
     return metadata
 

@@ -49,7 +49,7 @@ class GenerateBody(Strict):
     inputs: Any = Field(default=None, description="a prompt to feed first: a string, symbols or ids")
     max_tokens: int = Field(default=100, ge=1, description="at most RECURRA_MAX_TOKENS")
     temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy")
-    top_k: int = Field(default=0, ge=0, description="draw among the k most likely; 0: among all")
+    top_k: int = Field(default=0, ge=0, le=2**31 - 1, description="draw among the k most likely; 0: among all")
     top_p: float = Field(default=1.0, gt=0, le=1, description="draw among the fewest that reach this probability")
     stop: Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16)] = Field(
         default_factory=list
@@ -117,10 +117,17 @@ async def generate_alone(request: Request, model: str) -> Response:
 
 async def answer(request: Request, run: Run, body: GenerateBody, session_id: str | None) -> Response:
     """A run as JSON, or as a stream once it is known not to fail at once."""
-    if not body.stream:
-        done = await while_connected(request, run.finish())
-        return JsonResponse(_generated(run, done, body, session_id))
-    return EventStream(b"", await while_connected(request, run.begun()))
+    reader = Reader(run)
+    try:
+        if body.stream:
+            await while_connected(request, reader.begun())
+            return EventStream(b"", reader)
+        done = await while_connected(request, reader.finish())
+    except BaseException:
+        reader.close()
+        raise
+    reader.close()
+    return JsonResponse(_generated(run, done, body, session_id))
 
 
 def _generated(run: Run, done: Done, body: GenerateBody, session_id: str | None) -> dict[str, Any]:
@@ -163,8 +170,13 @@ async def events(
     if replay is None:
         return Response(status_code=204)
     blocks = b"".join(_token_block(replay.head.epoch, token) for token in replay.tokens)
-    if replay.run is not None:
-        return EventStream(blocks, await while_connected(request, replay.run.begun()), replay.after)
+    if replay.reader is not None:
+        try:
+            await while_connected(request, replay.reader.begun())
+        except BaseException:
+            replay.reader.close()
+            raise
+        return EventStream(blocks, replay.reader, replay.after)
     assert replay.head.generation is not None
     return EventStream(blocks + _done_block(replay.head.epoch, replay.head.generation, replay.rest))
 

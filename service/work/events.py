@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from service.errors import Problem
-from service.state import Row
+from service.state import Array, Row
 from service.store.base import Generation, Head
 from service.tasks import Output
 
@@ -19,6 +21,8 @@ class Done:
     before: Output | None = None
     """the output at the position before those"""
     row: Row = ()
+    entries: Array = field(default_factory=lambda: np.empty(0))
+    """the entries as they were fed, nulls filled"""
     created: bool = False
     generation: Generation | None = None
     rest: str = ""

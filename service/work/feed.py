@@ -102,7 +102,7 @@ class Feed(SessionWork):
     def applied(self, head: Head) -> Resident:
         """Answer."""
         outputs, before = self._kept.take(self._count)
-        self.end(Done(head, outputs, before, created=self._created))
+        self.end(Done(head, outputs, before, entries=self._fed, created=self._created))
         return self.settle(head)
 
 
