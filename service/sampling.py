@@ -79,7 +79,8 @@ def sample(logits: Array, how: Sequence[Sampling], uniform: Array) -> Array:
     scores = logits.astype(np.float64)
     temperature = np.array([s.temperature for s in how])
     greedy = temperature == 0
-    scores = (scores - scores.max(axis=1, keepdims=True)) / np.where(greedy, 1.0, temperature)[:, None]
+    with np.errstate(over="ignore"):  # a tiny temperature makes what is unlikely impossible
+        scores = (scores - scores.max(axis=1, keepdims=True)) / np.where(greedy, 1.0, temperature)[:, None]
     weights = np.exp(scores)
     for i, s in enumerate(how):
         if 0 < s.top_k < weights.shape[1] or s.top_p < 1:

@@ -147,5 +147,11 @@ class Generate(SessionWork):
         started = self.resumed or self._prompt is None
         if self.stop == "cancel" and started:
             self._finish("cancelled")
+        elif self.stop == "cancel":
+            # Nothing is committed yet, not even the prompt.
+            head = self.base.head if self._in_session and self.new is None else None
+            at = self.base.head.position
+            nothing = msgspec.structs.replace(self.generation, start=at, end=at, finish_reason="cancelled")
+            self.end(Done(head, generation=nothing))
         else:
             self.end(Suspended(self.base.head if self._in_session else None))
