@@ -201,7 +201,8 @@ class Engine:
         logits = np.stack([work.logits for work in works])
         uniform = np.array([work.uniform() for work in works])
         tokens = sample(logits, [work.sampling for work in works], uniform)
-        logprobs = log_softmax(logits)[np.arange(len(works)), tokens]
+        # As the log keeps them, so that a replayed token is the very same.
+        logprobs = log_softmax(logits)[np.arange(len(works)), tokens].astype(np.float32)
         for work, token, logprob in zip(works, tokens.tolist(), logprobs.tolist(), strict=True):
             work.take(token, logprob)
         self._tokens.inc(len(works))
