@@ -15,6 +15,7 @@ from service.settings import Settings
 from service.store.base import Head, Store
 
 MAX_OUTPUT_BYTES = 16 * 2**20
+MAX_SHOWN = 250_000
 
 log = structlog.get_logger(__name__)
 
@@ -27,12 +28,12 @@ class Model:
     runner: Runner
     engine: Engine
 
-    @property
-    def most_outputs(self) -> int:
-        """How many steps' outputs one answer may hold."""
+    def most_steps(self, alternatives: int) -> int:
+        """How many steps' predictions one answer may hold: bounded by the arrays, and by what is shown of them."""
         widths = (spec.shape[2:] for spec in self.bundle.manifest.outputs)
         numbers = sum(prod(axis for axis in shape if isinstance(axis, int)) for shape in widths)
-        return MAX_OUTPUT_BYTES // (4 * max(numbers, 1))
+        shown = alternatives if self.bundle.manifest.task == "language-model" else numbers
+        return min(MAX_OUTPUT_BYTES // (4 * max(numbers, 1)), MAX_SHOWN // max(shown, 1))
 
 
 class Registry:
@@ -53,9 +54,12 @@ class Registry:
             model = self._open(load(path))
         except BundleError as error:
             self._skip(name, str(error))
+        except OSError as error:
+            self._skip(name, f"it can not be read: {error.strerror}")
         except Exception as error:
             # A bundle is a stranger's file: whatever is wrong with it must not keep the others from being served.
-            self._skip(name, f"it can not be read: {type(error).__name__}: {str(error)[:200]}")
+            log.exception("model_failed", model=name)
+            self._skip(name, f"it can not be run: {type(error).__name__}")
         else:
             self._models.setdefault(path.parent.name, {})[int(path.name)] = model
             log.info("model_loaded", model=name, batches_exactly=model.runner.batches_exactly)

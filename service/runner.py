@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import safetensors.numpy
+from safetensors import SafetensorError
 
 from service import state
 from service.bundle import Bundle, BundleError, Manifest, TensorSpec
@@ -99,7 +100,7 @@ def _is_time_major(spec: TensorSpec) -> bool:
 
 def _verify_golden(runner: Runner, bundle: Bundle) -> tuple[bool, str]:
     """Run the golden example again: (whether batching changes no bit here, sha256 of the bits)."""
-    golden = safetensors.numpy.load(bundle.golden.read_bytes())
+    golden = _golden(bundle)
     runner.batches_exactly = True
     chunks = list(np.moveaxis(golden["input"], 1, 0))
     zero = [state.initial_row(runner.manifest.states)] * len(chunks)
@@ -111,6 +112,20 @@ def _verify_golden(runner: Runner, bundle: Bundle) -> tuple[bool, str]:
     exact = all(_equal(array[:, :1], alone.outputs[name]) for name, array in whole.outputs.items())
     exact = exact and all(_equal(a, b) for a, b in zip(whole.rows[0], alone.rows[0], strict=True))
     return exact, _digest(runner.manifest, alone)
+
+
+def _golden(bundle: Bundle) -> dict[str, Array]:
+    try:
+        golden = safetensors.numpy.load(bundle.golden.read_bytes())
+    except SafetensorError as error:
+        raise BundleError("the golden example is not a safetensors file") from error
+    needed = {"input"} | {f"torch.output.{spec.name}" for spec in bundle.manifest.outputs}
+    needed |= {f"torch.state.{spec.name}" for spec in bundle.manifest.states}
+    if missing := sorted(needed - set(golden)):
+        raise BundleError(f"the golden example lacks {', '.join(missing)}")
+    if golden["input"].ndim < 2 or 0 in golden["input"].shape:
+        raise BundleError("the golden example's input is not [T, B, ...]")
+    return golden
 
 
 def _compare(manifest: Manifest, golden: dict[str, Array], whole: Folded) -> None:

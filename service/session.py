@@ -193,14 +193,14 @@ class Sessions:
                 continue
         raise Problem("session_busy", "other replicas keep moving the session; try again")
 
-    async def feed(self, key: Key, inputs: object, opening: Opening, last_only: bool) -> Fed:
+    async def feed(self, key: Key, inputs: object, opening: Opening, last_only: bool, alternatives: int) -> Fed:
         """Feed a sequence: all of it or nothing."""
         async with self._turn(key):
             race: _Race | None = None
             for _ in range(MAX_RACES + 1):
                 model, new = await self._open(key, opening)
                 entries = await _encode(model, inputs)
-                _bound_outputs(model, len(entries), last_only)
+                _bound_outputs(model, 1 if last_only else len(entries), alternatives)
                 try:
                     done = await self._do(model, Feed, key, entries, last_only, new)
                     return Fed(model, done, _head_of(done))
@@ -421,6 +421,7 @@ def _needs_language_model(model: Model) -> None:
         raise Problem("task_mismatch", f"{manifest.name} is a {manifest.task}: generate is for language models")
 
 
-def _bound_outputs(model: Model, steps: int, last_only: bool) -> None:
-    if not last_only and steps > model.most_outputs:
-        raise invalid(f"predictions of all steps are for at most {model.most_outputs} steps a request", "/predictions")
+def _bound_outputs(model: Model, shown: int, alternatives: int) -> None:
+    most = model.most_steps(alternatives)
+    if shown > most:
+        raise invalid(f"at most {most} predictions a request with these alternatives", "/predictions")

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from service.api.requests import Strict, Version, body_of, read, sessions_of, while_connected
-from service.api.responses import JsonResponse, described
+from service.api.responses import BODY_ERRORS, JsonResponse, described
 from service.bundle import Manifest
 from service.errors import invalid
 from service.registry import Model, Registry
@@ -47,7 +47,9 @@ async def get_model(request: Request, model: str) -> Response:
 @router.post(
     "/{model}/predict",
     openapi_extra=body_of(PredictBody, temperatures={"sequences": [[35, 32, 45, 48, 41, 39, 36]]}),
-    responses=described(200, "one list of predictions a sequence", "Predictions", "model_not_found", "unknown_symbol"),
+    responses=described(
+        200, "one list of predictions a sequence", "Predictions", "model_not_found", "unknown_symbol", *BODY_ERRORS
+    ),
 )
 async def predict(request: Request, model: str) -> Response:
     """Run whole sequences from an empty memory; nothing is kept."""
@@ -55,7 +57,7 @@ async def predict(request: Request, model: str) -> Response:
     loaded: Model = request.app.state.registry.get(model, body.version)
     codec = loaded.engine.codec
     entries = [codec.encode(sequence, f"/sequences/{i}") for i, sequence in enumerate(body.sequences)]
-    _bound(loaded, sum(map(len, entries)), body.predictions)
+    _bound(loaded, len(entries) if body.predictions == "last" else sum(map(len, entries)), body)
     work = sessions_of(request).predict(loaded, entries, body.predictions == "last")
     outcomes = await while_connected(request, work)
     return JsonResponse(
@@ -63,9 +65,10 @@ async def predict(request: Request, model: str) -> Response:
     )
 
 
-def _bound(model: Model, steps: int, predictions: str) -> None:
-    if predictions == "all" and steps > model.most_outputs:
-        raise invalid(f"predictions of all steps are for at most {model.most_outputs} steps a request", "/sequences")
+def _bound(model: Model, shown: int, body: PredictBody) -> None:
+    most = model.most_steps(body.alternatives)
+    if shown > most:
+        raise invalid(f"at most {most} predictions a request with these alternatives", "/sequences")
 
 
 def _shown(model: Model, entries: Array, done: Done, body: PredictBody) -> list[dict[str, Any]]:

@@ -11,6 +11,10 @@ from service.api.errors import STATUS
 ERRORS = ("session_not_found", "session_expired", "session_closed", "session_busy", "overloaded", "invalid_input")
 
 
+BODY_ERRORS = ("payload_too_large", "unsupported_media_type")
+"""what a route that takes a body may answer besides"""
+
+
 class JsonResponse(Response):
     """A JSON answer."""
 
@@ -19,6 +23,17 @@ class JsonResponse(Response):
     def render(self, content: object) -> bytes:
         """Content as JSON."""
         return msgspec.json.encode(content)
+
+
+STREAM_EXAMPLE = """event: token
+id: 1.19
+data: {"position":19,"token":42,"text":"a","logprob":-0.51}
+
+event: done
+id: 1.118-end
+data: {"finish_reason":"length","epoch":1,"position":118,"usage":{"prompt_tokens":5,"completion_tokens":100}}
+
+"""
 
 
 class Parent(BaseModel):
@@ -180,11 +195,15 @@ _SCHEMAS: dict[str, type[BaseModel]] = {
 }
 
 
-def described(status: int, what: str, schema: str | None, *codes: str) -> dict[int | str, dict[str, Any]]:
+def described(
+    status: int, what: str, schema: str | None, *codes: str, streams: bool = False
+) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of a route's answer and of the errors it may give, by code."""
     found: dict[int | str, dict[str, Any]] = {status: {"description": what}}
     if schema is not None:
         found[status]["model"] = _SCHEMAS[schema]
+    if streams:
+        found[status]["content"] = {"text/event-stream": {"schema": {"type": "string"}, "example": STREAM_EXAMPLE}}
     by_status: dict[int, list[str]] = {}
     for code in sorted({*codes, "bad_request", "invalid_input", "not_ready"}):
         by_status.setdefault(STATUS[code][0], []).append(code)

@@ -27,7 +27,7 @@ from service.api.requests import (
     sessions_of,
     while_connected,
 )
-from service.api.responses import ERRORS, JsonResponse, described
+from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.errors import Problem, invalid
 from service.session import MANY, Fed, Opening
 from service.store.base import Head
@@ -90,7 +90,7 @@ class ForecastBody(Strict):
     "",
     status_code=201,
     openapi_extra=body_of(CreateBody, who={"model": "who", "id": "kitchen"}),
-    responses=described(201, "the session", "Session", "model_not_found", "session_exists"),
+    responses=described(201, "the session", "Session", "model_not_found", "session_exists", *BODY_ERRORS),
 )
 async def create(request: Request) -> Response:
     """Create a session at position 0."""
@@ -124,7 +124,7 @@ async def get(request: Request, session_id: SessionId) -> Response:
 @router.patch(
     "/{session_id}",
     openapi_extra=body_of(UpdateBody, describe={"metadata": {"room": "kitchen"}}),
-    responses=described(200, "the session", "Session", *ERRORS),
+    responses=described(200, "the session", "Session", *ERRORS, *BODY_ERRORS),
 )
 async def update(request: Request, session_id: SessionId) -> Response:
     """Change a session's metadata or time to live."""
@@ -155,13 +155,16 @@ async def cancel(request: Request, session_id: SessionId) -> Response:
         values={"inputs": [[35.0], [32.5]], "model": "temperature", "predictions": "all"},
         fenced={"inputs": "his", "position": 9},
     ),
-    responses=described(200, "what the network says now", "Steps", *ERRORS, "position_mismatch", "unknown_symbol"),
+    responses=described(
+        200, "what the network says now", "Steps", *ERRORS, "position_mismatch", "unknown_symbol", *BODY_ERRORS
+    ),
 )
 async def steps(request: Request, session_id: SessionId) -> Response:
     """Feed a sequence; all of it is kept, or nothing."""
     body = await read(request, StepsBody)
     opening = Opening(body.model, body.version, body.seed, body.position)
-    work = sessions_of(request).feed(key_of(session_id), body.inputs, opening, body.predictions != "all")
+    last_only = body.predictions != "all"
+    work = sessions_of(request).feed(key_of(session_id), body.inputs, opening, last_only, body.alternatives)
     fed = await while_connected(request, work)
     if body.predictions == "all" and len(fed.done.entries) > MANY:
         return JsonResponse(await asyncio.to_thread(steps_answer, fed, body))
@@ -191,7 +194,7 @@ def predictions(fed: Fed, alternatives: int) -> list[dict[str, Any]]:
 @router.post(
     "/{session_id}/forecast",
     openapi_extra=body_of(ForecastBody, day={"horizon": 24}),
-    responses=described(200, "the steps ahead", "Forecast", *ERRORS, "empty_session", "task_mismatch"),
+    responses=described(200, "the steps ahead", "Forecast", *ERRORS, "empty_session", "task_mismatch", *BODY_ERRORS),
 )
 async def forecast(request: Request, session_id: SessionId) -> Response:
     """Roll the session forward on its own predictions; the session does not change."""

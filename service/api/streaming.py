@@ -27,7 +27,7 @@ from service.api.requests import (
     sessions_of,
     while_connected,
 )
-from service.api.responses import ERRORS, JsonResponse, described
+from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.api.sessions import SessionId
 from service.errors import Problem, invalid
 from service.run import Reader, Run
@@ -87,7 +87,16 @@ def generation_of(body: GenerateBody) -> Generation:
     openapi_extra=body_of(
         SessionGenerateBody, streamed={"inputs": "ROMEO.\n", "max_tokens": 200, "stream": True, "model": "shakespeare"}
     ),
-    responses=described(200, "the text, or a stream of tokens", "Generated", *ERRORS, "task_mismatch", "empty_session"),
+    responses=described(
+        200,
+        "the text, or a stream of tokens",
+        "Generated",
+        *ERRORS,
+        "task_mismatch",
+        "empty_session",
+        *BODY_ERRORS,
+        streams=True,
+    ),
 )
 async def generate(request: Request, session_id: SessionId) -> Response:
     """Draw tokens and go on remembering; with `stream` each is sent as soon as it is committed."""
@@ -102,7 +111,15 @@ async def generate(request: Request, session_id: SessionId) -> Response:
 @router.post(
     "/models/{model}/generate",
     openapi_extra=body_of(GenerateBody, streamed={"inputs": "ROMEO.\n", "max_tokens": 200, "stream": True}),
-    responses=described(200, "the text, or a stream of tokens", "Generated", "model_not_found", "task_mismatch"),
+    responses=described(
+        200,
+        "the text, or a stream of tokens",
+        "Generated",
+        "model_not_found",
+        "task_mismatch",
+        *BODY_ERRORS,
+        streams=True,
+    ),
 )
 async def generate_alone(request: Request, model: str) -> Response:
     """Generate without a session: nothing is kept."""
@@ -153,7 +170,7 @@ def _ending(generation: Generation | None, tokens: int) -> dict[str, Any]:
 
 @router.get(
     "/sessions/{session_id}/events",
-    responses=described(200, "the rest of the stream", "Generated", *ERRORS, "log_truncated", "bad_request"),
+    responses=described(200, "the rest of the stream", None, *ERRORS, "log_truncated", streams=True),
 )
 async def events(
     request: Request,

@@ -48,32 +48,29 @@ class Forecast(SessionWork):
         """Note a step, and feed it back until the horizon is reached."""
         if self.remaining or self.output is None:
             return
-        self._steps.append(self.output)
+        values = self._drawn(self.output, self._path) if self._path is not None else self.output["mean"]
+        self._steps.append({**self.output, "mean": values})
         if len(self._steps) == self._horizon:
             whole = {name: np.stack([step[name] for step in self._steps]) for name in self.output}
             self.end(Done(self.base.head, whole))
             return
-        values = self._drawn(self.output) if self._path is not None else self.output["mean"]
         entry = self._host.codec.next_entry(values, self._future[len(self._steps) - 1])
         self.entries, self.cursor = entry[None], 0
 
-    def _drawn(self, output: Output) -> Array:
-        """Values [K] drawn from the predicted quantiles, and what is noted as the step's mean."""
-        assert self._path is not None
+    def _drawn(self, output: Output, path: Path) -> Array:
+        """Values [K] of the next step, drawn from its predicted quantiles."""
         quantiles, levels = output["quantiles"], np.array(self._host.manifest.quantiles)
         targets = quantiles.shape[1]
-        position = self.base.head.position + len(self._steps)
+        position = self.base.head.position + len(self._steps) + 1
         drawn = [
             inverse_cdf(
-                float(uniforms(self._path.seed, position, 1, Purpose.FORECAST, self._path.index * targets + k)[0]),
+                float(uniforms(path.seed, position, 1, Purpose.FORECAST, path.index * targets + k)[0]),
                 levels,
                 quantiles[:, k].astype(np.float64),
             )
             for k in range(targets)
         ]
-        values = np.array(drawn, "<f4")
-        self._steps[-1] = {**self._steps[-1], "mean": values}
-        return values
+        return np.array(drawn, "<f4")
 
 
 def inverse_cdf(uniform: float, levels: Array, values: Array) -> float:
