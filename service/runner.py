@@ -88,10 +88,22 @@ def _check_signature(manifest: Manifest, session: onnxruntime.InferenceSession) 
         if said != there:
             odd = sorted(str(signature) for signature in said ^ there)
             raise BundleError(f"the graph's {kind} do not match the manifest: {', '.join(odd)[:300]}")
+    _check_sizes(manifest, session)
     if len(manifest.inputs) != 1 or not _is_time_major(manifest.inputs[0]):
         raise BundleError("the graph must have one input whose first axes are T and B")
     if not all(_is_time_major(spec) for spec in manifest.outputs):
         raise BundleError("the graph's outputs must begin with the axes T and B")
+
+
+def _check_sizes(manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+    """Every axis that both the graph and the manifest give a number to has the same."""
+    said = {spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)}
+    for state_spec in manifest.states:
+        said[state_spec.input] = said[state_spec.output] = state_spec.shape
+    for node in (*session.get_inputs(), *session.get_outputs()):
+        pairs = zip(said[node.name], node.shape, strict=True)
+        if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+            raise BundleError(f"the graph's {node.name!r} has the shape {node.shape}, not {list(said[node.name])}")
 
 
 def _is_time_major(spec: TensorSpec) -> bool:

@@ -209,7 +209,9 @@ class Codec:
         std = np.array([self.manifest.targets[i].std for i in k])
         error = (entries[:, None, f].astype(np.float64) - quantiles[:, :, k]) / std
         levels = np.array(self.manifest.quantiles)[None, :, None]
-        return np.asarray(np.maximum(levels * error, (levels - 1) * error).mean(axis=(1, 2)))
+        losses = np.maximum(levels * error, (levels - 1) * error).reshape(len(entries), -1)
+        # Summed over one contiguous axis: over two, the order depends on how many rows there are.
+        return np.asarray(np.ascontiguousarray(losses).mean(axis=1))
 
     def next_entry(self, values: Array, future: Mapping[str, float]) -> Array:
         """The next input of a forecast: predicted targets `values` [K] and given features -> [F]."""

@@ -61,7 +61,7 @@ def answer(problem: Problem) -> Response:
     """The problem as an HTTP answer."""
     body = document(problem)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if body["status"] in (429, 503) else None
-    return Response(msgspec.json.encode(body), body["status"], headers, media_type="application/problem+json")
+    return Response(msgspec.json.encode(body) + b"\n", body["status"], headers, media_type="application/problem+json")
 
 
 def from_validation(error: ValidationError) -> Problem:

@@ -21,8 +21,8 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
-        """Content as JSON."""
-        return msgspec.json.encode(content)
+        """Content as JSON, with the line end that a terminal wants."""
+        return msgspec.json.encode(content) + b"\n"
 
 
 STREAM_EXAMPLE = """event: token

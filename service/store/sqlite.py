@@ -100,13 +100,22 @@ class SqliteStore:
         self._lock = threading.RLock()
         self._lock_file = _lock_folder(folder)
         self._path = folder / "sessions.sqlite"
-        self._db = self._open()
+        try:
+            self._db = self._open()
+        except StoreError:
+            os.close(self._lock_file)
+            raise
         self._cache: OrderedDict[Key, Head | None] = OrderedDict()
         self._unspread: dict[Key, _Unspread] = {}
         self._branches: dict[str, _Unspread] = {}
         self._failure: str | None = None
         self._open_commit: tuple[int, list[Commit]] | None = None
-        self._replay()
+        try:
+            self._replay()
+        except (sqlite3.Error, msgspec.MsgspecError) as error:
+            self._db.close()
+            os.close(self._lock_file)
+            raise StoreError(f"{self._path.name} is damaged and can not be read: {error}") from error
         self._stop = threading.Event()
         self._spreader = threading.Thread(target=self._spread_forever, name="store", daemon=True)
         self._spreader.start()
@@ -116,13 +125,20 @@ class SqliteStore:
     def _open(self) -> sqlite3.Connection:
         try:
             db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self._path.name} can not be opened: {error}") from error
+        try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(f"PRAGMA synchronous={'FULL' if self.durability == 'fsync' else 'NORMAL'}")
             # Checkpoints are made by the spreader, so that no commit has to wait for one.
             db.execute("PRAGMA wal_autocheckpoint=0")
             _prepare_schema(db)
         except sqlite3.Error as error:
+            db.close()
             raise StoreError(f"{self._path.name} can not be opened: {error}") from error
+        except StoreError:
+            db.close()
+            raise
         return db
 
     def _replay(self) -> None:
@@ -136,6 +152,7 @@ class SqliteStore:
         if rows:
             log.info("journal_replayed", commits=len(rows), sessions=len(self._unspread))
         self._spread()
+        self._db.execute("DELETE FROM journal WHERE seq <= ?", (self._seq,))
 
     def _spread_up_to(self, key: Key) -> int:
         row = self._db.execute("SELECT seq FROM sessions WHERE tenant = ? AND id = ?", key).fetchone()
