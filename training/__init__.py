@@ -1,0 +1,1 @@
+"""Trains LSTM, GRU and RNN models whose state is carried, and exports them for the service."""

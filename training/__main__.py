@@ -1,0 +1,231 @@
+"""`python -m training train|evaluate|sample|export`, also mounted as `recurra train|...`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from training import loop
+from training.checkpoint import CheckpointError, load_model
+from training.config import Recipe, RecipeError, read_recipe, recipe_from, recipe_names
+from training.corpora import load_corpus
+from training.data import DataError
+from training.evaluate import evaluate_run
+from training.job import Job, prepare
+from training.report import Report
+from training.sample import AHEAD, labels_shown, roll, sample_text
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Cache = Annotated[Path, typer.Option(help="Where fetched source archives are kept.")]
+RunFolder = Annotated[Path, typer.Argument(help="The folder that `train --out` wrote.")]
+CACHE = Path(".cache")
+
+
+@app.callback()
+def main() -> None:
+    """Train, evaluate, sample and export recurrent models."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml file.")] = "",
+    out: Annotated[Path | None, typer.Option(help="The run's folder (runs/<recipe>); nothing else is written.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Your own .txt or .csv instead of the recipe's data.")] = None,
+    time: Annotated[str, typer.Option(help="CSV: the column of times; rows are sorted by it.")] = "",
+    target: Annotated[list[str] | None, typer.Option(help="CSV: a column to forecast; may be repeated.")] = None,
+    series: Annotated[str, typer.Option(help="CSV: the column of entities; state and split are per entity.")] = "",
+    label: Annotated[str, typer.Option(help="CSV: the column of labels to classify into, row by row.")] = "",
+    max_minutes: Annotated[float | None, typer.Option(help="Stop then; the schedule follows the clock.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For weights, order and dropout.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. model.hidden=512.")
+    ] = None,
+    evaluation: Annotated[bool, typer.Option(help="Score the test part at the end.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but the figures, as JSON, and errors.")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line.")] = False,
+    cache: Cache = CACHE,
+) -> None:
+    """Train a model by a recipe, or on your own file; Ctrl-C saves, --resume goes on."""
+    flags = {"train.max_minutes": max_minutes, "train.seed": seed, "train.threads": threads, "train.device": device}
+    changes = data_changes(data, time, target or [], series, label)
+    changes += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    with plain_errors():
+        name = recipe or default_recipe(data, label)
+        chosen = recipe_from(read_recipe(name), [*changes, *(overrides or [])])
+        torch.set_num_threads(chosen.train.threads)
+        job = prepare(chosen, cache, "python -m training " + shlex.join(sys.argv[1:]))
+        folder = out or Path("runs") / chosen.name
+        run(job, chosen, folder, Report(job.task.unit, quiet=quiet, log_json=log_json), resume)
+        if evaluation:
+            if not (quiet or log_json):
+                typer.echo(f"scoring the test part, {sum(map(len, job.corpus.test)):,} steps")
+            show_metrics(evaluate_run(folder, cache), quiet=quiet or log_json)
+
+
+def run(job: Job, recipe: Recipe, out: Path, report: Report, resume: bool) -> None:
+    """Say what is about to be learnt, learn it, say how it ended."""
+    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    for note in job.corpus.notes:
+        report.event("note", note, {"text": note})
+    steps = sum(map(len, job.corpus.train))
+    report.event(
+        "start",
+        f"{recipe.name}: {recipe.model.layers} x {recipe.model.hidden} {recipe.model.cell}, {parameters:,} parameters,"
+        f" {steps:,} steps to learn from, {job.batches.per_epoch():,} batches an epoch, into {out}",
+        {"recipe": recipe.to_json(), "parameters": parameters, "steps": steps, "out": str(out)},
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        progress = loop.train(job, out, report, resume=resume)
+    finally:
+        report.close()
+    report.event(
+        "end",
+        f"{progress.step} steps in {progress.minutes:.1f} min, best {progress.best:.4f} {job.task.unit}"
+        f" at step {progress.best_step}, gradient clipped in {progress.clipped / max(1, progress.step):.0%} of steps",
+        vars(progress),
+    )
+
+
+@app.command()
+def evaluate(run: RunFolder, cache: Cache = CACHE, threads: Annotated[int, typer.Option()] = 1) -> None:
+    """Score a run on its test part beside the baselines; the last line is JSON."""
+    torch.set_num_threads(threads)
+    with plain_errors():
+        show_metrics(evaluate_run(run, cache))
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="Text models: what comes before.")] = "",
+    length: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Characters, or steps.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest symbol.")] = 0.7,
+    seed: Annotated[int, typer.Option()] = 0,
+    cache: Cache = CACHE,
+) -> None:
+    """Text from a language model, a rolled forecast, or labels: whatever the run's model says."""
+    with plain_errors():
+        model, meta = load_model(run)
+        if meta["task"] == "language-model":
+            typer.echo(prompt + sample_text(model, meta, prompt, length or 300, temperature, seed))
+            return
+        corpus = load_corpus(recipe_from(meta["recipe"]), cache)
+        if meta["task"] == "classifier":
+            typer.echo(labels_shown(model, corpus, corpus.test[0], length or 24))
+            return
+        table = Table("step", *corpus.target_names, title=f"{corpus.test[0].name}, after the last row")
+        for i, row in enumerate(roll(model, corpus.test[0].inputs, length or AHEAD).tolist()):
+            table.add_row(str(i + 1), *(f"{value:.2f}" for value in row))
+        Console().print(table)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    name: Annotated[str, typer.Option(help="The model's name in the service.")],
+    models: Annotated[Path, typer.Option(help="The folder that the service reads.")] = Path("models"),
+    version: Annotated[int | None, typer.Option(help="The next free one, if not given.")] = None,
+) -> None:
+    """Write a run's best model as a checked ONNX bundle."""
+    from training.export import export_run  # onnx loads slowly and only this command needs it
+    from training.parity import ExportError
+
+    try:
+        with plain_errors():
+            typer.echo(str(export_run(run, models, name, version)))
+    except ExportError as error:
+        fail(str(error))
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that come with the package."""
+    typer.echo("\n".join(recipe_names()))
+
+
+def data_changes(data: Path | None, time: str, target: list[str], series: str, label: str) -> list[str]:
+    """The overrides that the data flags stand for."""
+    changes: dict[str, Any] = {"data.time": time, "data.targets": target, "data.series": series, "data.label": label}
+    if data is not None:
+        changes |= {"data.source": "file", "data.path": str(data)}
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items() if value]
+
+
+def default_recipe(data: Path | None, label: str) -> str:
+    """The recipe for one's own file: by its kind."""
+    if data is None:
+        raise RecipeError(f"give --recipe ({', '.join(recipe_names())}) or --data with a .txt or .csv file")
+    if data.suffix == ".csv":
+        return "labels" if label else "series"
+    return "text"
+
+
+def show_metrics(metrics: dict[str, Any], *, quiet: bool = False) -> None:
+    """A table for people and, as the last line, JSON for machines."""
+    if not quiet:
+        terminal = sys.stdout.isatty()
+        console = Console(width=None if terminal else 110)
+        for title, rows in tables(metrics):
+            table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+            names = list(dict.fromkeys(name for row in rows.values() for name in row))
+            table.add_column("", no_wrap=True)
+            for name in names:
+                table.add_column(name, justify="right", overflow="fold")
+            for title_of_row, row in rows.items():
+                table.add_row(title_of_row, *(_cell(row.get(name)) for name in names))
+            console.print(table)
+    typer.echo(json.dumps(metrics, ensure_ascii=False))
+
+
+def tables(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """The figures as titled tables: row name -> column name -> value."""
+    plain = {key: {"": value} for key, value in metrics.items() if isinstance(value, float | int)}
+    if plain:
+        yield metrics["unit"], plain
+    if "by_entity" in metrics:
+        entities = metrics["by_entity"].items()
+        yield metrics["unit"], {f"{entity} {name}": row for entity, rows in entities for name, row in rows.items()}
+    if "interval" in metrics:
+        yield f"covered by the {metrics['interval']['nominal']:.0%} interval", metrics["interval"]["covered"]
+    if "by_distance" in metrics:
+        yield "right, by the words in between", metrics["by_distance"]
+    if "by_text" in metrics:
+        yield metrics["unit"], {name: {"": value} for name, value in metrics["by_text"].items()}
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else f"{value:,}"
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors that users can mend are one line, not a traceback."""
+    try:
+        yield
+    except (RecipeError, DataError, CheckpointError, loop.NonFiniteError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Print to standard error and exit with 1."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

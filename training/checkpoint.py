@@ -1,0 +1,189 @@
+"""One directory holds a whole run: `last/` to go on from, `best/` to export; safetensors and JSON, no pickle.
+
+A directory is written beside its place and renamed, so that a crash leaves either the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from training.model import ModelConfig, RecurrentModel, State
+
+LAST, BEST = "last", "best"
+
+
+class CheckpointError(ValueError):
+    """A run that cannot be read or continued; the message says why and what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run is; plain numbers, stored as JSON."""
+
+    step: int = 0
+    epoch: int = 0
+    chunk: int = 0
+    """Batches of this epoch that are done."""
+    minutes: float = 0.0
+    """Time spent in training and its evaluations, over all starts of the run."""
+    symbols: int = 0
+    """Time steps learnt from, over all rows."""
+    best: float | None = None
+    best_step: int = 0
+    clipped: int = 0
+    """Steps whose gradient was clipped."""
+
+
+def save_best(run: Path, model: RecurrentModel, meta: dict[str, Any]) -> None:
+    """Weights and meta.json of the best model so far."""
+    _replace(run / BEST, {"model.safetensors": weights(model)}, {"meta.json": meta})
+
+
+def save_last(
+    run: Path,
+    model: RecurrentModel,
+    optimiser: torch.optim.Optimizer,
+    state: State,
+    progress: Progress,
+    meta: dict[str, Any],
+) -> None:
+    """Everything that an unbroken run would have in memory."""
+    carried = {f"carried.{i}": tensor.detach().contiguous() for i, tensor in enumerate(state)}
+    tensors = {
+        "model.safetensors": weights(model),
+        "optimiser.safetensors": optimiser_tensors(optimiser),
+        "state.safetensors": {**carried, "rng": torch.get_rng_state()},
+    }
+    _replace(run / LAST, tensors, {"meta.json": meta, "progress.json": vars(progress)})
+
+
+def load_last(run: Path, model: RecurrentModel, optimiser: torch.optim.Optimizer) -> tuple[State, Progress]:
+    """Put a run's newest checkpoint back: weights, optimiser, random numbers; returns (carried state, progress)."""
+    folder = find(run, LAST)
+    load_weights(folder, model)
+    restore_optimiser(optimiser, load_file(folder / "optimiser.safetensors"))
+    tensors = load_file(folder / "state.safetensors")
+    torch.set_rng_state(tensors.pop("rng"))
+    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    return tuple(tensors[f"carried.{i}"] for i in range(len(tensors))), progress
+
+
+def load_model(run: Path, which: str = BEST) -> tuple[RecurrentModel, dict[str, Any]]:
+    """The trained module in evaluation mode, and meta.json."""
+    folder = find(run, which)
+    meta = read_meta(run, which)
+    model = RecurrentModel(ModelConfig.from_json(meta["model"]))
+    load_weights(folder, model)
+    return model.eval(), meta
+
+
+def read_meta(run: Path, which: str = BEST) -> dict[str, Any]:
+    """A checkpoint's meta.json."""
+    meta: dict[str, Any] = json.loads((find(run, which) / "meta.json").read_text(encoding="utf-8"))
+    return meta
+
+
+def find(run: Path, which: str) -> Path:
+    """The checkpoint folder; takes the old one where a crash came between two renames."""
+    for folder in (run / which, run / f"{which}.old"):
+        if (folder / "meta.json").is_file():
+            return folder
+    raise CheckpointError(f"{run} holds no {which!r} checkpoint: train first, or give another run folder")
+
+
+def refuse_mismatch(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise unless a resumed run has the model, symbols, features and labels that it began with."""
+    for key in ("task", "model", "symbols", "features", "targets", "labels", "quantiles"):
+        if json.loads(json.dumps(old[key])) != json.loads(json.dumps(new[key])):
+            raise CheckpointError(f"cannot resume: {key} differs. {_difference(key, old[key], new[key])}")
+    if old["data"]["sha256"] != new["data"]["sha256"]:
+        raise CheckpointError(f"cannot resume: the data changed ({old['data']['source']} has another sha256)")
+
+
+def _difference(key: str, old: Any, new: Any) -> str:  # noqa: ANN401 (any JSON)
+    if key in ("symbols", "labels"):
+        gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+        return f"The run knows {len(old)}, the data has {len(new)}; gone {gone[:10]}, new {added[:10]}"
+    return f"The run has {old!r}, now it is {new!r}"
+
+
+def weights(model: RecurrentModel) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def load_weights(folder: Path, model: RecurrentModel) -> None:
+    """Strict: a missing, extra or misshapen tensor raises."""
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} holds another model: {error}") from error
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step counts as `<parameter number>.<name>`."""
+    state = optimiser.state_dict()["state"]
+    return {f"{i}.{name}": value.contiguous() for i, values in state.items() for name, value in values.items()}
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimiser_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+
+
+def write_json(path: Path, data: Any) -> None:  # noqa: ANN401 (any JSON)
+    """Atomically: beside its place, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+
+
+def _replace(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, Any]) -> None:
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, content in tensors.items():
+        save_file(content, temporary / name)
+        _sync(temporary / name)
+    for name, data in texts.items():
+        write_json(temporary / name, data)
+    _sync(temporary)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,198 @@
+"""Recipes: TOML files whose every key can be overridden on the command line (`--set model.hidden=512`)."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from training.model import TASKS
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message names the nearest valid key."""
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the sequences come from and how they are split."""
+
+    source: str = "file"
+    """shakespeare, nyc-weather, who, or file."""
+    path: str = ""
+    time: str = ""
+    targets: tuple[str, ...] = ()
+    series: str = ""
+    label: str = ""
+    symbol: str = ""
+    """The column that holds a symbol a row, where a classifier's inputs are no numbers."""
+    only: str = ""
+    """nyc-weather: keep this feature alone."""
+    stories: int = 4000
+    """who: stories to learn from."""
+    validation: float = 0.1
+    test: float = 0.2
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The network; what the data fixes (vocabulary, features, labels) is not here."""
+
+    cell: str = "lstm"
+    layers: int = 2
+    hidden: int = 256
+    embedding: int = 128
+    embedding_scale: float = 1.0
+    """Spread of the embedding at the start; small where words that training never sees should say little."""
+    dropout: float = 0.0
+    residual: bool = False
+    quantiles: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """The loop. A run ends at `max_steps` or `max_minutes`, whichever is set and comes first."""
+
+    form: str = "stream"
+    """stream (state carried) or windowed (overlapping windows from a zero state)."""
+    batch: int = 32
+    steps: int = 64
+    """Time steps in a chunk: the reach of back-propagation through time."""
+    stride: int = 16
+    """windowed only: steps between the starts of two windows."""
+    learning_rate: float = 4e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    precision: str = "fp32"
+    """fp32, or bf16 (autocast; the weights stay fp32)."""
+    max_steps: int = 0
+    max_minutes: float = 0.0
+    evaluate_steps: int = 500
+    checkpoint_minutes: float = 3.0
+    seed: int = 1
+    threads: int = 1
+    device: str = "cpu"
+    """cpu, where a resumed run is exact, or cuda."""
+
+
+@dataclass(frozen=True)
+class SampleRecipe:
+    """What is shown while a text model trains."""
+
+    prompt: str = "\n"
+    length: int = 200
+    temperature: float = 0.8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that shapes a run; stored whole in each checkpoint."""
+
+    name: str
+    task: str
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    sample: SampleRecipe = field(default_factory=SampleRecipe)
+
+    def __post_init__(self) -> None:
+        _one_of("task", self.task, TASKS)
+        _one_of("train.device", self.train.device, ("cpu", "cuda"))
+        _one_of("train.form", self.train.form, ("stream", "windowed"))
+        _one_of("train.precision", self.train.precision, ("fp32", "bf16"))
+        if min(self.train.batch, self.train.steps, self.train.stride, self.train.evaluate_steps) < 1:
+            raise RecipeError("train.batch, train.steps, train.stride and train.evaluate_steps must be at least 1")
+        if not (self.train.max_steps or self.train.max_minutes):
+            raise RecipeError("nothing ends this run: set train.max_steps or train.max_minutes (--max-minutes)")
+        if not (self.data.validation > 0 and self.data.test > 0 and self.data.validation + self.data.test < 1):
+            raise RecipeError("data.validation and data.test must be positive and leave something to train on")
+
+    def to_json(self) -> dict[str, Any]:
+        """A nested dict that `recipe_from` reads back."""
+        return asdict(self)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe as plain data: one that comes with the package, or a path to a TOML file."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        raise RecipeError(f"no recipe {name!r}; there are {', '.join(recipe_names())}, or give a path to a .toml file")
+    try:
+        return {"name": path.stem, **tomllib.loads(path.read_text(encoding="utf-8"))}
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def recipe_from(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """Plain data and `section.key=value` overrides -> a checked Recipe."""
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    for override in overrides:
+        _apply(merged, override)
+    recipe: Recipe = _build(Recipe, merged, "")
+    return recipe
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"{override!r} is no override; write section.key=value, for example model.hidden=512")
+    *sections, last = key.strip().split(".")
+    place = data
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"{key!r}: {section!r} is no section")
+    place[last] = _parse(text.strip())
+
+
+def _parse(text: str) -> Any:  # noqa: ANN401 (TOML values are of any type)
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word such as lstm
+
+
+def _build(kind: type[Any], data: Mapping[str, Any], prefix: str) -> Any:  # noqa: ANN401 (one of the dataclasses)
+    hints = get_type_hints(kind)
+    known = [item.name for item in fields(kind)]
+    for key in data:
+        if key not in known:
+            raise RecipeError(unknown_key(prefix + key, [prefix + name for name in known]))
+    return kind(**{key: _convert(hints[key], value, prefix + key) for key, value in data.items()})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:  # noqa: ANN401
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{key} is a section, not {value!r}")
+        return _build(hint, value, key + ".")
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(get_args(hint)[0], item, key) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise RecipeError(f"{key} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """A message that names the nearest valid key."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"unknown key {key!r}; did you mean {near[0]!r}?" if near else f"unknown key {key!r}"
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RecipeError(f"{key} is {value!r}; it must be one of {', '.join(known)}")

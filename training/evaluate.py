@@ -1,0 +1,235 @@
+"""Scores a run's best weights on its test part: one streamed pass with the state carried, beside the baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training import baselines
+from training.batches import Batch, StreamSet
+from training.checkpoint import CheckpointError, load_model, write_json
+from training.config import recipe_from
+from training.corpora import load_corpus
+from training.data import Corpus, Sequence, part
+from training.model import RecurrentModel, State
+from training.tasks import Task
+
+METRICS = "metrics.json"
+STEPS, ROWS = 256, 16
+RESET = {"language-model": 64, "classifier": 16}
+"""For comparison the state is zeroed every so many steps."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step of a test series: what to feed, and what the data says follows (NaN where it was missing)."""
+
+    series: str
+    position: int
+    values: list[float]
+    expected: list[float]
+    scored: bool
+    """False in the warm-up before the test part."""
+
+
+def evaluate_run(run: Path, cache: Path) -> dict[str, Any]:
+    """The test figures of a run; also written to its metrics.json."""
+    model, meta = load_model(run)
+    corpus = load_corpus(recipe_from(meta["recipe"]), cache)
+    if corpus.sha256 != meta["data"]["sha256"]:
+        raise CheckpointError(f"{run} was trained on other data than {corpus.source} is now")
+    metrics = {"task": meta["task"], **SCORERS[meta["task"]](model, corpus)}
+    write_json(run / METRICS, metrics)
+    return metrics
+
+
+def score_text(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
+    """Nats and bits a symbol, per text and in all, state carried and reset, beside unigram and 5-gram."""
+    names = [sequence.name for sequence in corpus.test]
+    carried = losses(model, corpus.test)
+    reset = losses(model, cut(corpus.test, RESET["language-model"]))
+    steps = sum(map(len, corpus.test))
+    nats = sum(carried) / steps
+    return {
+        "unit": "bits per symbol",
+        "symbols": steps,
+        "nats": nats,
+        "model": nats / math.log(2),
+        "model_reset_every_64": sum(reset) / steps / math.log(2),
+        **baselines.text_bits(corpus, corpus.test),
+        "by_text": {
+            name: total / len(sequence) / math.log(2)
+            for name, total, sequence in zip(names, carried, corpus.test, strict=True)
+        },
+        "note": "each text from a zero state after the start symbol, state carried to its end",
+    }
+
+
+def score_labels(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
+    """Accuracy over all scored steps, with the state carried and reset; by distance where the corpus has probes."""
+    every = RESET["classifier"]
+    train, test = (torch.cat([s.targets[s.weights > 0] for s in part]).numpy() for part in (corpus.train, corpus.test))
+    figures: dict[str, Any] = {
+        "unit": "share of steps right",
+        "steps": len(test),
+        "model": accuracy(model, corpus.test),
+        f"model_reset_every_{every}": accuracy(model, cut(corpus.test, every)),
+        "commonest label": baselines.commonest_label(train, test),
+    }
+    if corpus.probes:
+        figures["by_distance"] = {
+            distance: {"model": accuracy(model, probe), f"reset_every_{every}": accuracy(model, cut(probe, every))}
+            for distance, probe in corpus.probes.items()
+        }
+    return figures
+
+
+def score_series(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
+    """Mean absolute error one step ahead, in the data's units, per entity and target, beside three baselines.
+
+    The point forecast is the middle quantile where the model has one (it is what minimises this error), else the
+    mean. The state is carried from each entity's first row; only the test part is scored, and of it only values
+    that the record holds.
+    """
+    quantiles = model.config.quantiles
+    point = quantiles.index(0.5) if 0.5 in quantiles else None
+    by_entity: dict[str, Any] = {}
+    covered: dict[str, dict[str, float]] = {name: {} for name in corpus.target_names}
+    for sequence, outputs in zip(corpus.test, forecasts(model, corpus.test), strict=True):
+        chosen = outputs["mean"] if point is None else outputs["quantiles"][:, point]
+        by_entity[sequence.name] = {
+            name: _series_figures(
+                sequence, corpus, k, chosen[:, k].double().numpy(), outputs["mean"][:, k].double().numpy()
+            )
+            for k, name in enumerate(corpus.target_names)
+        }
+        if quantiles:
+            for name, share in zip(covered, _coverage(sequence, outputs["quantiles"]), strict=True):
+                covered[name][sequence.name] = share
+    figures: dict[str, Any] = {
+        "unit": "mean absolute error one step ahead, in the data's units",
+        "point_forecast": "mean" if point is None else f"quantile {quantiles[point]}",
+        "by_entity": by_entity,
+    }
+    if quantiles:
+        figures["interval"] = {"nominal": round(quantiles[-1] - quantiles[0], 6), "covered": covered}
+    return figures
+
+
+def _series_figures(sequence: Sequence, corpus: Corpus, k: int, point: Any, mean: Any) -> dict[str, float]:  # noqa: ANN401
+    series = sequence.inputs[:, corpus.targets[k]].double().numpy()
+    wanted = sequence.targets[:, k].double().numpy()
+    scored = sequence.weights[:, k].numpy() > 0
+    test = np.arange(len(series)) >= corpus.warm_up[sequence.name]
+    forecasts = {
+        "model": point,
+        "mean output": mean,
+        "persistence": baselines.persistence(series),
+        "same hour yesterday": baselines.same_hour_yesterday(series),
+        "AR(48) ridge": baselines.ridge(series, wanted, test),
+    }
+    errors = {name: float(np.abs(forecast - wanted)[scored].mean()) for name, forecast in forecasts.items()}
+    return {**errors, "steps": int(scored.sum())}
+
+
+def _coverage(sequence: Sequence, quantiles: Tensor) -> list[float]:
+    """Per target the share of scored steps between the lowest and the highest quantile."""
+    inside = (sequence.targets >= quantiles[:, 0]) & (sequence.targets <= quantiles[:, -1])
+    scored = sequence.weights > 0
+    return [float(inside[scored[:, k], k].float().mean()) for k in range(inside.shape[1])]
+
+
+def test_rows(corpus: Corpus) -> Iterator[Row]:
+    """Exactly the rows that `score_series` feeds, in its order, to be posted to a service one by one."""
+    for sequence in corpus.test:
+        for position in range(len(sequence)):
+            known = sequence.weights[position] > 0
+            expected = torch.where(known, sequence.targets[position], math.nan)
+            scored = position >= corpus.warm_up[sequence.name]
+            yield Row(sequence.name, position, sequence.inputs[position].tolist(), expected.tolist(), scored)
+
+
+test_rows.__test__ = False  # type: ignore[attr-defined]  # no test, in spite of its name
+
+
+@torch.no_grad()
+def streamed(
+    model: RecurrentModel, sequences: list[Sequence], rows: int = 64
+) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+    """Every sequence whole from a zero state, the state carried from chunk to chunk."""
+    model.eval()
+    data = StreamSet(sequences, rows, STEPS, whole=True)
+    state = model.initial_state(data.rows)
+    for batch in data.in_order():
+        outputs, state = model(batch.inputs, fresh_state(state, batch.fresh))
+        yield batch, outputs
+
+
+def fresh_state(state: State, fresh: Tensor) -> State:
+    """Zero the rows that begin something new; fresh: [B] bool."""
+    keep = ~fresh[None, :, None].to(state[0].device)
+    return tuple(torch.where(keep, tensor, torch.zeros_like(tensor)) for tensor in state)
+
+
+@torch.no_grad()
+def validate(model: RecurrentModel, task: Task, corpus: Corpus) -> float:
+    """Mean loss on the validation part, state carried; long texts are cut into a few rows for speed."""
+    model.eval()
+    device = next(model.parameters()).device.type
+    data = StreamSet(corpus.validation, ROWS, STEPS, whole=bool(corpus.warm_up))
+    state, total, weight = model.initial_state(data.rows), 0.0, 0.0
+    for batch in data.in_order():
+        batch = batch.to(device)
+        outputs, state = model(batch.inputs, fresh_state(state, batch.fresh))
+        loss, weighed = task.losses(model, outputs, batch)
+        total, weight = total + float(loss), weight + float(weighed)
+    return total / max(weight, 1.0)
+
+
+def losses(model: RecurrentModel, sequences: list[Sequence]) -> list[float]:
+    """Nats of each sequence, summed over its scored steps."""
+    totals = [0.0] * len(sequences)
+    for batch, outputs in streamed(model, sequences):
+        chances = torch.log_softmax(outputs["logits"], dim=-1)
+        nats = -chances.gather(-1, batch.targets[..., None])[..., 0] * batch.weights
+        for row, (sequence, start, stop) in enumerate(batch.spans):
+            totals[sequence] += float(nats[: stop - start, row].double().sum())
+    return totals
+
+
+def accuracy(model: RecurrentModel, sequences: list[Sequence]) -> float:
+    """Share of the scored steps whose likeliest label is right."""
+    right = scored = 0.0
+    for batch, outputs in streamed(model, sequences):
+        hits = (outputs["logits"].argmax(dim=-1) == batch.targets) * batch.weights
+        right, scored = right + float(hits.sum()), scored + float(batch.weights.sum())
+    return right / max(scored, 1.0)
+
+
+def forecasts(model: RecurrentModel, sequences: list[Sequence]) -> list[dict[str, Tensor]]:
+    """Outputs of each sequence: mean [N, K] and, where the model has them, quantiles [N, Q, K]."""
+    parts: list[list[dict[str, Tensor]]] = [[] for _ in sequences]
+    for batch, outputs in streamed(model, sequences):
+        for row, (sequence, start, stop) in enumerate(batch.spans):
+            if stop > start:
+                parts[sequence].append({name: value[: stop - start, row] for name, value in outputs.items()})
+    return [{name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]} for pieces in parts]
+
+
+def cut(sequences: list[Sequence], steps: int) -> list[Sequence]:
+    """Each sequence in pieces of so many steps: the state is reset between them."""
+    return [
+        part(sequence, start, min(start + steps, len(sequence)))
+        for sequence in sequences
+        for start in range(0, len(sequence), steps)
+    ]
+
+
+SCORERS = {"language-model": score_text, "classifier": score_labels, "forecaster": score_series}
