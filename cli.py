@@ -1,0 +1,72 @@
+"""`recurra`: one command for both sides; each loads only what it needs, so serving never loads torch."""
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Recurrent networks that keep remembering: serve them, or train and export them.",
+)
+
+FOR_TRAINING = {"torch", "onnx", "matplotlib"}
+PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command()
+def serve() -> None:
+    """Serve the models; the settings are environment variables, RECURRA_..."""
+    from service.__main__ import main as run_service
+
+    raise typer.Exit(run_service())
+
+
+@app.command(context_settings=PASSED_ON)
+def train(context: typer.Context) -> None:
+    """Train a model by a recipe, or on your own file."""
+    hand_over("train", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def evaluate(context: typer.Context) -> None:
+    """Score a run on its test part beside the baselines."""
+    hand_over("evaluate", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def sample(context: typer.Context) -> None:
+    """Show what a run's model says."""
+    hand_over("sample", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def export(context: typer.Context) -> None:
+    """Publish a run's best model as a checked bundle."""
+    hand_over("export", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def recipes(context: typer.Context) -> None:
+    """List the recipes that come with the package."""
+    hand_over("recipes", context.args)
+
+
+def hand_over(command: str, arguments: list[str]) -> None:
+    """Run a command of `python -m training`; exits with its status, or says what to install."""
+    try:
+        from training.__main__ import app as training
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in FOR_TRAINING:
+            raise
+        typer.echo(f"recurra {command} needs {error.name}: pip install -e '.[training]'", err=True)
+        raise typer.Exit(1) from None
+    training([command, *arguments], prog_name="recurra")
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="recurra")
+
+
+if __name__ == "__main__":
+    main()

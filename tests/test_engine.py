@@ -1,0 +1,503 @@
+"""The engine without HTTP: commit before reply, failures that harm nobody else, sessions that wake as they slept."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from rigs import MakeRig, Rig
+
+from service.errors import Problem
+from service.runner import Folded, Runner
+from service.state import Array, Row
+from service.store.base import Commit, CommitUnknown, Conflict, Generation, Head, Key, Snapshot, StoreError
+from service.store.memory import MemoryStore
+from service.work.base import NewSession, Work
+from service.work.events import Done, Event, Failed, LostRace, Suspended, Token
+from service.work.feed import Feed, Peek, Predict
+from service.work.generate import Generate
+
+WAIT_S = 20
+POISON = 12
+
+
+class Ear:
+    """A listener: the events of one piece of work."""
+
+    def __init__(self, hook: Callable[[Event], None] | None = None) -> None:
+        self.events: list[Event] = []
+        self._ended = threading.Event()
+        self._hook = hook
+
+    def __call__(self, event: Event) -> None:
+        if self._hook is not None:
+            self._hook(event)
+        self.events.append(event)
+        if not isinstance(event, Token):
+            self._ended.set()
+
+    def end(self) -> Any:  # noqa: ANN401 (an event)
+        """The last event."""
+        assert self._ended.wait(WAIT_S), "the work never ended"
+        return self.events[-1]
+
+    def problem(self) -> Problem:
+        end = self.end()
+        assert isinstance(end, Failed), end
+        return end.problem
+
+
+def key(name: str = "s") -> Key:
+    return ("", name)
+
+
+def symbols(*ids: int) -> Array:
+    return np.array(ids, "<i4")
+
+
+def many(count: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, 12, count).astype("<i4")
+
+
+def feed(rig: Rig, entries: Array, name: str = "s", new: bool = False, ear: Ear | None = None) -> Ear:
+    ear = ear or Ear()
+    opening = NewSession(key(name), 1) if new else None
+    rig.engine.submit(Feed(ear, key(name), entries, True, opening))
+    return ear
+
+
+def generation(**more: Any) -> Generation:  # noqa: ANN401
+    values = {"max_tokens": 10, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 5}
+    return Generation(start=0, prompt_tokens=0, **{**values, **more})
+
+
+def row_of(rig: Rig, name: str = "s") -> list[bytes]:
+    """The session's state, as bytes."""
+    ear = Ear()
+    rig.engine.submit(Peek(ear, key(name)))
+    end = ear.end()
+    assert isinstance(end, Done), end
+    return [array.tobytes() for array in end.row]
+
+
+def expected_row(rig: Rig, entries: Array) -> list[bytes]:
+    """The fold of entries from the initial state."""
+    ear = Ear()
+    rig.engine.submit(Predict(ear, entries, True))
+    return [array.tobytes() for array in ear.end().row]
+
+
+# ---------------------------------------------------------------------- commit, then reply
+
+
+def test_a_feed_is_committed_before_its_answer(rig: MakeRig) -> None:
+    store = MemoryStore()
+    seen: list[int] = []
+
+    def look(event: Event) -> None:
+        head = store.head(key())
+        seen.append(head.position if head is not None else -1)
+
+    one = rig(store=store)
+    end = feed(one, symbols(1, 2, 3), new=True, ear=Ear(look)).end()
+    assert isinstance(end, Done) and end.created and end.head is not None and end.head.position == 3
+    assert seen == [3]
+
+
+def test_a_token_is_committed_before_it_is_sent(rig: MakeRig) -> None:
+    store = MemoryStore()
+    late: list[Event] = []
+
+    def look(event: Event) -> None:
+        head = store.head(key())
+        if isinstance(event, Token) and (head is None or head.position < event.position):
+            late.append(event)
+
+    one = rig(store=store)
+    ear = Ear(look)
+    one.engine.submit(Generate(ear, key(), symbols(1), generation(), NewSession(key(), 5)))
+    assert isinstance(ear.end(), Done) and len(ear.events) == 11 and late == []
+
+
+def test_the_log_holds_what_was_fed_and_generated(rig: MakeRig) -> None:
+    one = rig()
+    feed(one, symbols(1, 2), new=True).end()
+    ear = Ear()
+    one.engine.submit(Generate(ear, key(), symbols(3), generation()))
+    head = ear.end().head
+    tokens = [event.token for event in ear.events if isinstance(event, Token)]
+    segments = one.store.log(head.branch, 0, head.position)
+    logged = np.concatenate([one.engine.codec.entries(segment.data) for segment in segments])
+    assert logged.tolist() == [1, 2, 3, *tokens]
+    assert [(segment.source, segment.count) for segment in segments] == [("fed", 3), ("generated", 10)]
+
+
+def test_a_feed_of_many_chunks_commits_once(rig: MakeRig) -> None:
+    store = Counting()
+    one = rig(store=store)
+    feed(one, many(1000), new=True).end()
+    assert store.commits == [1]
+
+
+class Counting(MemoryStore):
+    """Notes the size of every group commit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.commits: list[int] = []
+
+    def commit(self, commits: Sequence[Commit]) -> list[Any]:
+        self.commits.append(len(commits))
+        return list(super().commit(commits))
+
+
+class CountingRunner:
+    """Notes the shape of every call, and may spoil it."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.manifest, self.numerics = runner.manifest, runner.numerics
+        self.calls: list[tuple[int, int]] = []
+
+    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
+        self.calls.append((len(rows), len(chunks[0])))
+        return self._runner.run(chunks, rows)
+
+
+def test_work_that_waits_together_runs_together(rig: MakeRig) -> None:
+    runners: list[CountingRunner] = []
+    store = Counting()
+    one = rig(store=store, start=False, wrap=lambda runner: runners.append(CountingRunner(runner)) or runners[0])
+    ears = [feed(one, symbols(1, 2, 3, 4), f"s{i}", new=True) for i in range(20)]
+    one.start()
+    assert all(isinstance(ear.end(), Done) for ear in ears)
+    assert runners[0].calls == [(20, 4)] and store.commits == [20]
+
+
+def test_no_batch_is_larger_than_allowed(rig: MakeRig) -> None:
+    runners: list[CountingRunner] = []
+    one = rig(start=False, max_batch=6, wrap=lambda runner: runners.append(CountingRunner(runner)) or runners[0])
+    ears = [feed(one, symbols(1), f"s{i}", new=True) for i in range(20)]
+    one.start()
+    assert all(isinstance(ear.end(), Done) for ear in ears)
+    assert max(rows for rows, _ in runners[0].calls) == 6
+
+
+# ---------------------------------------------------------------------- rows that fail
+
+
+class Poisoned(CountingRunner):
+    """Raises when a chunk holds the poison."""
+
+    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
+        if any((chunk == POISON).any() for chunk in chunks):
+            raise RuntimeError("poison")
+        return super().run(chunks, rows)
+
+
+class NotFinite(CountingRunner):
+    """Gives NaN for rows that hold the poison."""
+
+    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
+        folded = super().run(chunks, rows)
+        bad = [i for i, chunk in enumerate(chunks) if (chunk == POISON).any()]
+        outputs = {name: array.copy() for name, array in folded.outputs.items()}
+        for array in outputs.values():
+            array[:, bad] = np.nan
+        return Folded(outputs, folded.rows)
+
+
+@pytest.mark.parametrize(("wrap", "code"), [(Poisoned, "internal"), (NotFinite, "numeric_fault")])
+def test_a_row_that_fails_harms_that_row_alone(wrap: Any, code: str, rig: MakeRig) -> None:  # noqa: ANN401
+    one = rig(wrap=wrap, start=False)
+    ears = [feed(one, symbols(1, POISON if i == 3 else 2), f"s{i}", new=True) for i in range(8)]
+    one.start()
+    assert ears[3].problem().code == code
+    assert all(isinstance(ear.end(), Done) for i, ear in enumerate(ears) if i != 3)
+    assert one.store.head(key("s3")) is None and one.store.head(key("s2")) is not None
+
+
+@pytest.mark.parametrize("wrap", [Poisoned, NotFinite])
+def test_a_failed_feed_leaves_the_session_as_it_was(wrap: Any, rig: MakeRig) -> None:  # noqa: ANN401
+    one = rig(wrap=wrap)
+    feed(one, many(50), new=True).end()
+    before = row_of(one)
+    feed(one, np.append(many(100, 1), symbols(POISON))).problem()
+    assert one.store.head(key()).position == 50 and row_of(one) == before
+    feed(one, many(30, 2)).end()
+    assert row_of(one) == expected_row(one, np.append(many(50), many(30, 2)))
+
+
+def test_a_numeric_fault_says_up_to_where_the_session_is_good(rig: MakeRig) -> None:
+    one = rig(wrap=NotFinite)
+    feed(one, many(5), new=True).end()
+    problem = feed(one, symbols(POISON)).problem()
+    assert problem.code == "numeric_fault" and problem.members["last_good_position"] == 5
+
+
+# ---------------------------------------------------------------------- commits that fail
+
+
+class Faulty(MemoryStore):
+    """Fails the commits that it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+        self.only: str | None = None
+
+    def commit(self, commits: Sequence[Commit]) -> list[Any]:
+        if self.error is not None and (self.only is None or any(c.head.id == self.only for c in commits)):
+            raise self.error
+        return list(super().commit(commits))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (StoreError("full"), "not_ready"),
+        (CommitUnknown("gone"), "commit_unknown"),
+        (RuntimeError("defect"), "internal"),
+    ],
+)
+def test_a_commit_that_fails_leaves_the_session_at_its_last(error: Exception, code: str, rig: MakeRig) -> None:
+    store = Faulty()
+    one = rig(store=store)
+    feed(one, many(40), new=True).end()
+    before = row_of(one)
+    store.error = error
+    assert feed(one, many(9, 1)).problem().code == code
+    store.error = None
+    assert one.store.head(key()).position == 40 and row_of(one) == before
+    assert feed(one, many(9, 1)).end().head.position == 49
+    assert row_of(one) == expected_row(one, np.append(many(40), many(9, 1)))
+
+
+def test_a_commit_that_can_not_be_written_harms_no_neighbour(rig: MakeRig) -> None:
+    store = Faulty()
+    store.error, store.only = OverflowError("a number is too large"), "s3"
+    one = rig(store=store, start=False)
+    ears = [feed(one, symbols(1, 2), f"s{i}", new=True) for i in range(6)]
+    one.start()
+    assert ears[3].problem().code == "internal"
+    assert all(isinstance(ear.end(), Done) for i, ear in enumerate(ears) if i != 3)
+
+
+def test_a_generate_whose_commit_fails_has_sent_only_what_is_committed(rig: MakeRig) -> None:
+    store = Faulty()
+
+    def fail_after_four(event: Event) -> None:
+        if isinstance(event, Token) and event.position == 5:
+            store.error = StoreError("full")
+
+    one = rig(store=store)
+    ear = Ear(fail_after_four)
+    one.engine.submit(Generate(ear, key(), symbols(1), generation(), NewSession(key(), 5)))
+    assert ear.problem().code == "not_ready"
+    head = store.head(key())
+    assert head.position == 5 == len([event for event in ear.events if isinstance(event, Token)]) + 1
+    assert head.generation is not None and head.generation.finish_reason is None
+
+
+def test_a_lost_race_is_told_and_the_session_reloads(rig: MakeRig) -> None:
+    """Two engines on one store are two replicas."""
+    store = MemoryStore()
+    mine, other = rig(store=store), rig(store=store)
+    feed(mine, many(5), new=True).end()
+    feed(other, many(3, 1)).end()
+    lost = feed(mine, many(2, 2)).end()
+    assert isinstance(lost, LostRace) and lost.head is not None and lost.head.position == 8
+    assert store.head(key()).position == 8
+    assert feed(mine, many(2, 2)).end().head.position == 10
+    assert row_of(mine) == expected_row(mine, np.concatenate([many(5), many(3, 1), many(2, 2)]))
+
+
+class Racing(MemoryStore):
+    """Another replica is faster with one session."""
+
+    faster_with = "s3"
+
+    def commit(self, commits: Sequence[Commit]) -> list[Any]:
+        results = iter(super().commit([c for c in commits if c.head.id != self.faster_with]))
+        return [Conflict(None) if c.head.id == self.faster_with else next(results) for c in commits]
+
+
+def test_a_lost_race_harms_no_neighbour(rig: MakeRig) -> None:
+    one = rig(store=Racing(), start=False)
+    ears = [feed(one, symbols(1, 2), f"s{i}", new=True) for i in range(6)]
+    one.start()
+    assert [type(ear.end()) for ear in ears] == [Done, Done, Done, LostRace, Done, Done]
+
+
+# ---------------------------------------------------------------------- queues
+
+
+def test_a_full_queue_refuses_at_the_door_and_opens_again(rig: MakeRig) -> None:
+    one = rig(start=False, max_queue_steps=100)
+    waiting = [feed(one, many(50), f"s{i}", new=True) for i in range(2)]
+    with pytest.raises(Problem) as refused:
+        feed(one, symbols(1), "late", new=True)
+    assert refused.value.code == "overloaded"
+    one.start()
+    assert all(isinstance(ear.end(), Done) for ear in waiting)
+    assert isinstance(feed(one, many(100), "late", new=True).end(), Done)
+
+
+def test_failed_work_makes_room_in_the_queue(rig: MakeRig) -> None:
+    one = rig(wrap=Poisoned, max_queue_steps=100)
+    for _ in range(5):
+        feed(one, np.full(90, POISON, "<i4"), new=True).problem()
+    assert isinstance(feed(one, many(90), new=True).end(), Done)
+
+
+def test_work_whose_client_left_is_dropped(rig: MakeRig) -> None:
+    runners: list[CountingRunner] = []
+    one = rig(start=False, wrap=lambda runner: runners.append(CountingRunner(runner)) or runners[0])
+    ear = Ear()
+    work = Feed(ear, key(), many(500), True, NewSession(key(), 1))
+    one.engine.submit(work)
+    work.stop = "suspend"
+    one.start()
+    assert isinstance(ear.end(), Failed)
+    assert one.store.head(key()) is None and runners[0].calls == []
+
+
+def test_a_generate_that_nobody_reads_is_suspended_and_resumed_to_the_same_text(rig: MakeRig) -> None:
+    one = rig()
+    whole = Ear()
+    one.engine.submit(Generate(whole, key("whole"), symbols(1), generation(max_tokens=60), NewSession(key("whole"), 5)))
+    whole.end()
+
+    first = Ear(lambda event: stop_at(event, 20))
+    work: Work = Generate(first, key(), symbols(1), generation(max_tokens=60), NewSession(key(), 5))
+
+    def stop_at(event: Event, position: int) -> None:
+        if isinstance(event, Token) and event.position == position:
+            work.stop = "suspend"
+
+    one.engine.submit(work)
+    assert isinstance(first.end(), Suspended)
+    head = one.store.head(key())
+    second = Ear()
+    one.engine.submit(Generate(second, key(), None, head.generation, resumed=True))
+    assert isinstance(second.end(), Done)
+    assert tokens(first) + tokens(second) == tokens(whole) and len(tokens(whole)) == 60
+
+
+def tokens(ear: Ear) -> list[tuple[int, int, str, float]]:
+    return [(e.position, e.token, e.text, e.logprob) for e in ear.events if isinstance(e, Token)]
+
+
+def test_stopping_finishes_what_is_queued(rig: MakeRig) -> None:
+    one = rig(start=False)
+    ears = [feed(one, many(100), f"s{i}", new=True) for i in range(5)]
+    one.start()
+    one.engine.stop()
+    assert all(isinstance(ear.end(), Done) for ear in ears)
+    with pytest.raises(Problem):
+        feed(one, symbols(1), "late", new=True)
+
+
+def test_work_on_a_session_that_is_not_there_fails(rig: MakeRig) -> None:
+    assert feed(rig(), symbols(1)).problem().code == "session_not_found"
+
+
+# ---------------------------------------------------------------------- waking
+
+
+@pytest.mark.parametrize("count", [1, 31, 255, 256, 257, 300, 1000])
+def test_a_session_wakes_with_the_very_state_it_slept_with(count: int, rig: MakeRig) -> None:
+    store = MemoryStore()
+    first, second = rig(store=store), rig(store=store)
+    feed(first, many(count), new=True).end()
+    assert row_of(second) == row_of(first) == expected_row(first, many(count))
+    after = [feed(one, many(3, 1), name).end() for one, name in ((second, "s"),)]
+    assert after[0].head.position == count + 3
+    assert row_of(second) == expected_row(first, np.append(many(count), many(3, 1)))
+
+
+def test_a_woken_session_predicts_what_it_would_have(rig: MakeRig) -> None:
+    store = MemoryStore()
+    first, second = rig(store=store), rig(store=store)
+    feed(first, many(77), "a", new=True).end()
+    feed(first, many(77), "b", new=True).end()
+    one, two = feed(first, symbols(4), "a").end(), feed(second, symbols(4), "b").end()
+    assert one.outputs["logits"].tobytes() == two.outputs["logits"].tobytes()
+    assert one.before["logits"].tobytes() == two.before["logits"].tobytes()
+
+
+def test_waking_folds_the_tail_after_the_newest_snapshot(rig: MakeRig) -> None:
+    store = MemoryStore()
+    first = rig(store=store)
+    feed(first, many(40), new=True).end()
+    for i in range(20):
+        feed(first, many(100, i)).end()
+    runners: list[CountingRunner] = []
+    second = rig(store=store, wrap=lambda runner: runners.append(CountingRunner(runner)) or runners[0])
+    assert row_of(second) == row_of(first)
+    assert 1 <= sum(steps for _, steps in runners[0].calls) <= 256 + 100 + 32
+
+
+def test_an_evicted_session_comes_back_as_it_was(rig: MakeRig) -> None:
+    one = rig(max_resident=2)
+    for step in range(6):
+        for name in "abcde":
+            feed(one, many(7, step), name, new=step == 0).end()
+    expected = expected_row(one, np.concatenate([many(7, step) for step in range(6)]))
+    assert all(row_of(one, name) == expected for name in "abcde")
+
+
+class Damaged(MemoryStore):
+    """Spoils what is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad_snapshot = b""
+        self.lost = 0
+
+    def snapshot(self, branch: str, below: int) -> Snapshot | None:
+        found = super().snapshot(branch, below)
+        if found is None or not self.bad_snapshot or below <= 300:
+            return found
+        return msgspec.structs.replace(found, data=self.bad_snapshot)
+
+    def log(self, branch: str, after: int, to: int) -> list[Any]:
+        return list(super().log(branch, after, to - self.lost))
+
+
+@pytest.mark.parametrize("data", [b"garbage", b"\x00" * 100])
+def test_an_unreadable_snapshot_is_passed_over(data: bytes, rig: MakeRig) -> None:
+    store = Damaged()
+    first, second = rig(store=store), rig(store=store)
+    feed(first, many(300), new=True).end()
+    feed(first, many(300, 1)).end()
+    store.bad_snapshot = data
+    assert row_of(second) == expected_row(first, np.append(many(300), many(300, 1)))
+
+
+def test_a_log_with_a_hole_is_not_served(rig: MakeRig) -> None:
+    store = Damaged()
+    first, second = rig(store=store), rig(store=store)
+    feed(first, many(20), new=True).end()
+    store.lost = 1
+    assert feed(second, symbols(1)).problem().code == "internal"
+    assert store.head(key()).position == 20
+
+
+def test_a_store_that_can_not_be_read_is_not_ready(rig: MakeRig) -> None:
+    class Unreadable(MemoryStore):
+        def head(self, key: Key, at_ms: int | None = None) -> Head | None:
+            raise StoreError("disk I/O error")
+
+    assert feed(rig(store=Unreadable()), symbols(1)).problem().code == "not_ready"
+
+
+def test_a_listener_hears_nothing_after_the_end(rig: MakeRig) -> None:
+    one = rig()
+    ears = [feed(one, many(60, i), f"s{i}", new=True) for i in range(10)]
+    for ear in ears:
+        ear.end()
+    one.engine.stop()
+    assert [len(ear.events) for ear in ears] == [1] * 10

@@ -1,0 +1,182 @@
+"""The runner: any cut and any batch give the same bits, and a bundle that lies is refused."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tiny import TINY, every_model, newest, some_inputs
+
+from service import state
+from service.bundle import Bundle, BundleError, Manifest
+from service.runner import Folded, Runner
+from service.state import Array, Row
+from service.tasks import Codec
+
+_loaded: dict[str, Runner] = {}
+
+
+def runner_of(models: Path, name: str) -> Runner:
+    if name not in _loaded:
+        _loaded[name] = Runner(newest(models, name), threads=1)
+    return _loaded[name]
+
+
+def entries_of(runner: Runner, count: int, seed: int) -> Array:
+    codec = Codec(runner.manifest)
+    return codec.fill(codec.encode(some_inputs(runner.manifest, count, seed)), None)
+
+
+def bits(folded: Folded, i: int) -> list[bytes]:
+    """Row i of a fold: its outputs and its state."""
+    outputs = [np.ascontiguousarray(array[:, i]).tobytes() for array in folded.outputs.values()]
+    return outputs + [array.tobytes() for array in folded.rows[i]]
+
+
+def fold(runner: Runner, entries: Array, cuts: Sequence[int]) -> list[bytes]:
+    """One row, cut: its outputs and state."""
+    row: Row = state.initial_row(runner.manifest.states)
+    outputs: dict[str, list[Array]] = {}
+    for begin, end in zip([0, *cuts], [*cuts, len(entries)], strict=True):
+        part = runner.run([entries[begin:end]], [row])
+        row = part.rows[0]
+        for name, array in part.outputs.items():
+            outputs.setdefault(name, []).append(array[:, 0])
+    return [np.concatenate(parts).tobytes() for parts in outputs.values()] + [array.tobytes() for array in row]
+
+
+@pytest.mark.parametrize("name", every_model())
+@given(cuts=st.sets(st.integers(1, 39), max_size=12), seed=st.integers(0, 50))
+@settings(max_examples=12, deadline=None)
+def test_a_fold_does_not_depend_on_how_it_is_cut(name: str, models: Path, cuts: set[int], seed: int) -> None:
+    runner = runner_of(models, name)
+    entries = entries_of(runner, 40, seed)
+    assert fold(runner, entries, sorted(cuts)) == fold(runner, entries, [])
+
+
+@pytest.mark.parametrize("name", every_model())
+@given(rows=st.integers(1, 70), place=st.integers(0, 69))
+@settings(max_examples=12, deadline=None)
+def test_a_fold_does_not_depend_on_its_batch(name: str, models: Path, rows: int, place: int) -> None:
+    runner = runner_of(models, name)
+    assert runner.batches_exactly
+    chunks = [entries_of(runner, 6, i) for i in range(rows)]
+    zero = [state.initial_row(runner.manifest.states)] * rows
+    together, i = runner.run(chunks, zero), place % rows
+    assert bits(together, i) == bits(runner.run(chunks[i : i + 1], zero[:1]), 0)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_two_threads_give_the_same_numerics(name: str, models: Path) -> None:
+    assert Runner(newest(models, name), threads=2).numerics == runner_of(models, name).numerics
+
+
+def test_models_have_numerics_of_their_own(models: Path) -> None:
+    assert len({runner_of(models, name).numerics for name in TINY}) == len(TINY)
+
+
+# ---------------------------------------------------------------------- bundles that lie
+
+
+def changed(models: Path, name: str = "tiny-letters", **more: Any) -> Bundle:  # noqa: ANN401 (parts of a manifest)
+    bundle = newest(models, name)
+    parts = bundle.manifest.model_dump(mode="json") | more
+    return Bundle(Manifest.model_validate(parts), bundle.path)
+
+
+def part(models: Path, kind: str, i: int, **more: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A list of the manifest with one item changed."""
+    items = newest(models, "tiny-letters").manifest.model_dump(mode="json")[kind]
+    items[i] |= more
+    return {kind: items}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("inputs", {"name": "tokens"}),
+        ("inputs", {"dtype": "int32"}),
+        ("inputs", {"shape": ["T", "B", 1]}),
+        ("inputs", {"shape": ["B", "T"]}),
+        ("outputs", {"name": "scores"}),
+        ("outputs", {"dtype": "float64"}),
+        ("outputs", {"shape": ["T", "B"]}),
+        ("outputs", {"shape": ["T", "B", 14]}),
+        ("states", {"input": "hidden"}),
+        ("states", {"output": "hidden_next"}),
+        ("states", {"dtype": "float64"}),
+        ("states", {"shape": [2, "B", 17]}),
+        ("states", {"shape": [3, "B", 16]}),
+    ],
+)
+def test_a_signature_that_is_not_the_graphs_is_refused(kind: str, more: dict[str, Any], models: Path) -> None:
+    with pytest.raises((BundleError, ValidationError)):
+        Runner(changed(models, **part(models, kind, 0, **more)), threads=1)
+
+
+@pytest.mark.parametrize("symbols", [12, 14])
+def test_a_vocabulary_that_is_not_the_graphs_is_refused(symbols: int, models: Path) -> None:
+    names = ["\n", *(chr(ord("A") + i) for i in range(symbols - 1))]
+    shape = part(models, "outputs", 0, shape=["T", "B", symbols])
+    with pytest.raises(BundleError):
+        Runner(changed(models, symbols=names, **shape), threads=1)
+
+
+def test_an_initial_state_that_is_not_zero_is_refused_by_the_golden_example(models: Path) -> None:
+    with pytest.raises(BundleError, match="golden"):
+        Runner(changed(models, **part(models, "states", 0, initial=0.5)), threads=1)
+
+
+# ---------------------------------------------------------------------- machines that round otherwise
+
+
+def disturb(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:  # noqa: ANN401 (a condition)
+    """Change the last bit of the outputs where `when(rows, steps)` says so."""
+    run_batch = Runner._run_batch
+
+    def disturbed(self: Runner, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
+        folded = run_batch(self, chunks, rows)
+        if not when(len(rows), len(chunks[0])):
+            return folded
+        outputs = {name: np.nextafter(array, np.float32(np.inf)) for name, array in folded.outputs.items()}
+        return Folded(outputs, folded.rows)
+
+    monkeypatch.setattr(Runner, "_run_batch", disturbed)
+
+
+def test_where_batches_round_otherwise_rows_run_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disturb(monkeypatch, lambda rows, steps: rows > 1)
+    runner = Runner(newest(models, "tiny-letters"), threads=1)
+    assert not runner.batches_exactly
+    chunks = [entries_of(runner, 5, i) for i in range(4)]
+    zero = [state.initial_row(runner.manifest.states)] * 4
+    together = runner.run(chunks, zero)
+    monkeypatch.undo()
+    expected = runner_of(models, "tiny-letters")
+    assert all(bits(together, i) == bits(expected.run([chunks[i]], zero[:1]), 0) for i in range(4))
+    assert runner.numerics == expected.numerics
+
+
+def test_where_chunks_round_otherwise_the_bundle_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disturb(monkeypatch, lambda rows, steps: steps > 1)
+    with pytest.raises(BundleError, match="bits"):
+        Runner(newest(models, "tiny-letters"), threads=1)
+
+
+def test_other_bits_have_another_name(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disturb(monkeypatch, lambda rows, steps: True)
+    assert Runner(newest(models, "tiny-letters"), threads=1).numerics != runner_of(models, "tiny-letters").numerics
+
+
+def test_rows_of_a_fold_share_no_memory(models: Path) -> None:
+    runner = runner_of(models, "tiny-letters")
+    zero = [state.initial_row(runner.manifest.states)] * 2
+    folded = runner.run([entries_of(runner, 3, 1), entries_of(runner, 3, 2)], zero)
+    before = bits(folded, 1)
+    for array in folded.rows[0]:
+        array[...] = 9
+    assert bits(folded, 1) == before

@@ -1,0 +1,100 @@
+"""Fair batches of equal length."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.scheduler import MAX_CHUNK, Scheduler
+
+
+@dataclass(eq=False)
+class Row:
+    remaining: int
+    last_tick: int = 0
+
+
+def run(scheduler: Scheduler[Row], rows: list[Row], endless: list[Row], ticks: int) -> int:
+    """Tick as the engine does; returns the greatest number of ticks an endless row had to wait."""
+    for row in [*rows, *endless]:
+        scheduler.add(row)
+    longest = 0
+    for tick in range(1, ticks + 1):
+        batch = scheduler.next()
+        assert batch is not None
+        for row in batch.rows:
+            if row in endless:
+                longest = max(longest, tick - row.last_tick)
+                row.last_tick = tick
+                scheduler.add(row)
+                continue
+            row.remaining -= batch.steps
+            if row.remaining:
+                scheduler.add(row)
+    return longest
+
+
+def test_an_empty_scheduler_has_no_batch() -> None:
+    assert Scheduler[Row](4).next() is None
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40), max_batch=st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_every_row_is_folded_to_its_end(lengths: list[int], max_batch: int) -> None:
+    scheduler = Scheduler[Row](max_batch)
+    rows = [Row(length) for length in lengths]
+    for row in rows:
+        scheduler.add(row)
+    ticks = 0
+    while (batch := scheduler.next()) is not None:
+        ticks += 1
+        assert 1 <= len(batch.rows) <= max_batch and len(set(map(id, batch.rows))) == len(batch.rows)
+        assert batch.steps <= MAX_CHUNK
+        for row in batch.rows:
+            assert row.remaining >= batch.steps
+            row.remaining -= batch.steps
+            if row.remaining:
+                scheduler.add(row)
+    assert all(row.remaining == 0 for row in rows) and len(scheduler) == 0
+
+
+def test_rows_of_equal_length_share_a_batch() -> None:
+    scheduler = Scheduler[Row](64)
+    for _ in range(50):
+        scheduler.add(Row(1))
+    batch = scheduler.next()
+    assert batch is not None and len(batch.rows) == 50 and batch.steps == 1
+
+
+def test_the_row_that_has_waited_longest_goes_first() -> None:
+    scheduler = Scheduler[Row](1)
+    rows = [Row(length) for length in (5, 1, 40, 1, 5)]
+    for row in rows:
+        scheduler.add(row)
+    order = [batch.rows[0] for _ in rows if (batch := scheduler.next()) is not None]
+    assert order == rows
+
+
+def test_a_long_feed_among_streams_makes_nobody_wait() -> None:
+    """100,000 steps beside 20 streams: a stream is never more than one other batch away from its turn."""
+    streams = [Row(1) for _ in range(20)]
+    feed = Row(100_000)
+    assert run(Scheduler[Row](64), [feed], streams, 2 * 100_000 // MAX_CHUNK) <= 2
+    assert feed.remaining == 0
+
+
+def test_many_long_feeds_among_streams_make_nobody_wait_long() -> None:
+    """More feeds than a batch holds: a stream waits for what came before it, once; there are six chunk lengths."""
+    rng = random.Random(1)
+    feeds = [Row(rng.randint(500, 5000)) for _ in range(40)]
+    streams = [Row(1) for _ in range(10)]
+    assert run(Scheduler[Row](8), feeds, streams, 300) <= 6 + 40 // 8
+
+
+@pytest.mark.parametrize("streams", [1, 500])
+def test_streams_do_not_starve_a_feed(streams: int) -> None:
+    feed = Row(64 * MAX_CHUNK)
+    run(Scheduler[Row](64), [feed], [Row(1) for _ in range(streams)], 64 * (streams // 64 + 3))
+    assert feed.remaining == 0
