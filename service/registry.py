@@ -55,7 +55,7 @@ class Registry:
         except BundleError as error:
             self._skip(name, str(error))
         except OSError as error:
-            self._skip(name, f"it can not be read: {error.strerror}")
+            self._skip(name, f"{Path(error.filename or MANIFEST).name} can not be read: {error.strerror}")
         except Exception as error:
             # A bundle is a stranger's file: whatever is wrong with it must not keep the others from being served.
             log.exception("model_failed", model=name)

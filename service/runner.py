@@ -71,7 +71,8 @@ def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many types, none of them public
-        raise BundleError(f"the graph can not be loaded: {str(error).splitlines()[0][:300]}") from error
+        reason = str(error).replace(str(graph), graph.name).splitlines()[0]
+        raise BundleError(f"the graph can not be loaded: {reason[:300]}") from error
 
 
 def _check_signature(manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
