@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 
 import structlog
 from fastapi import FastAPI
+from fastapi_swagger import patch_fastapi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
@@ -38,12 +39,17 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         version=VERSION,
         summary="Recurrent networks that keep remembering.",
         lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.settings = settings
     app.state.store = store
     for module in (models, sessions, streaming, operations):
         app.include_router(module.router)
+    # The page's scripts come from here: FastAPI's own come from a CDN, and many services run without a way out.
+    patch_fastapi(app, redirect_from_root_to_docs=False)
     errors.install(app)
     app.add_middleware(CountRequests)
     return app
