@@ -71,18 +71,19 @@ class Engine:
             self._arrived.notify()
         self._thread.join()
 
-    def submit(self, work: Work) -> None:
-        """Queue a piece of work, from any thread; raises Problem `overloaded` when the queue is full."""
-        if work.cost > self._max_queue_steps:
-            detail = f"{work.cost} steps at once; at most {self._max_queue_steps} (RECURRA_MAX_QUEUE_STEPS)"
+    def submit(self, *works: Work) -> None:
+        """Queue work that begins at the same time, from any thread; raises Problem when the queue is full."""
+        cost = sum(work.cost for work in works)
+        if cost > self._max_queue_steps:
+            detail = f"{cost} steps at once; at most {self._max_queue_steps} (RECURRA_MAX_QUEUE_STEPS)"
             raise Problem("payload_too_large", detail)
         with self._arrived:
             if self._stopping:
                 raise not_ready("the service is stopping")
-            if self._queued_steps + work.cost > self._max_queue_steps:
+            if self._queued_steps + cost > self._max_queue_steps:
                 raise overloaded(f"more than {self._max_queue_steps} steps are waiting; try again later")
-            self._queued_steps += work.cost
-            self._inbox.append(work)
+            self._queued_steps += cost
+            self._inbox.extend(works)
             self._arrived.notify()
 
     def wake(self) -> None:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Concatenate, ParamSpec
 
 import msgspec
@@ -114,15 +115,15 @@ class Sessions:
         model = self._registry.of(head)
         codec = model.engine.codec
         told = codec.future(future, horizon)
-        first = self._do(model, Forecast, key, horizon, told)
         chosen = head.seed if seed is None else seed
-        paths = [self._do(model, Forecast, key, horizon, told, Path(i, chosen)) for i in range(samples)]
-        done, *sampled = await asyncio.gather(first, *paths)
-        return model, done, list(sampled)
+        paths = [None, *(Path(i, chosen) for i in range(samples))]
+        makes = [partial(Forecast, key=key, horizon=horizon, future=told, path=path) for path in paths]
+        done, *sampled = await self._do_all(model, makes)
+        return model, done, sampled
 
     async def predict(self, model: Model, sequences: Sequence[Array], last_only: bool) -> list[Done]:
         """Whole sequences from the initial state."""
-        return list(await asyncio.gather(*(self._do(model, Predict, one, last_only) for one in sequences)))
+        return await self._do_all(model, [partial(Predict, entries=one, last_only=last_only) for one in sequences])
 
     # ------------------------------------------------------------------ changing
 
@@ -362,28 +363,42 @@ class Sessions:
     async def _do(
         self, model: Model, make: Callable[Concatenate[Listener, P], Work], *args: P.args, **kwargs: P.kwargs
     ) -> Done:
-        """Submit work and await its end; when the caller is cancelled the work is dropped first."""
+        """Submit one piece of work and await its end."""
+
+        def made(listener: Listener) -> Work:
+            return make(listener, *args, **kwargs)
+
+        return (await self._do_all(model, [made]))[0]
+
+    async def _do_all(self, model: Model, makes: Sequence[Callable[[Listener], Work]]) -> list[Done]:
+        """Submit work that begins at the same time, all or none; when the caller is cancelled it is dropped first."""
         if self.draining:
             raise not_ready("the service is stopping")
-        ended: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
-        work = make(ended.set_result, *args, **kwargs)
-        model.engine.submit(work)
+        loop = asyncio.get_running_loop()
+        ended: list[asyncio.Future[Event]] = [loop.create_future() for _ in makes]
+        works = [make(future.set_result) for make, future in zip(makes, ended, strict=True)]
+        model.engine.submit(*works)
         try:
-            event = await asyncio.shield(ended)
+            events = await asyncio.shield(asyncio.gather(*ended))
         except asyncio.CancelledError:
-            work.stop = "suspend"
+            for work in works:
+                work.stop = "suspend"
             model.engine.wake()
-            await asyncio.shield(ended)
+            await asyncio.shield(asyncio.gather(*ended))
             raise
-        match event:
-            case Done():
-                return event
-            case Failed(problem):
-                raise problem
-            case LostRace(head):
-                raise _Race(head)
-            case _:
-                raise not_ready("the work was dropped")
+        return [_done(event) for event in events]
+
+
+def _done(event: Event) -> Done:
+    match event:
+        case Done():
+            return event
+        case Failed(problem):
+            raise problem
+        case LostRace(head):
+            raise _Race(head)
+        case _:
+            raise not_ready("the work was dropped")
 
 
 def live(key: Key, head: Head | None) -> Head:

@@ -345,6 +345,18 @@ def test_a_full_queue_refuses_at_the_door_and_opens_again(rig: MakeRig) -> None:
     assert isinstance(feed(one, many(100), "late", new=True).end(), Done)
 
 
+def test_work_submitted_together_is_taken_together_or_not_at_all(rig: MakeRig) -> None:
+    one = rig(start=False, max_queue_steps=100)
+    ears = [Ear() for _ in range(4)]
+    works = [Feed(ear, key(f"s{i}"), many(30), True, NewSession(key(f"s{i}"), 1)) for i, ear in enumerate(ears)]
+    with pytest.raises(Problem):
+        one.engine.submit(*works)
+    one.engine.submit(*works[:3])
+    one.start()
+    assert all(isinstance(ear.end(), Done) for ear in ears[:3])
+    assert ears[3].events == [] and one.store.head(key("s3")) is None
+
+
 def test_failed_work_makes_room_in_the_queue(rig: MakeRig) -> None:
     one = rig(wrap=Poisoned, max_queue_steps=100)
     for _ in range(5):

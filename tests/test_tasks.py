@@ -195,6 +195,31 @@ def test_a_forecasters_numbers_have_names(weather: Codec) -> None:
     assert shown["quantiles"] == {"0.1": {"temperature": 1.0}, "0.5": {"temperature": 2.0}, "0.9": {"temperature": 3.0}}
 
 
+def wide(models: Path) -> Codec:
+    """A forecaster of nine features with three quantiles each."""
+    parts = newest(models, "tiny-weather").manifest.model_dump(mode="json")
+    names = [f"f{i}" for i in range(9)]
+    parts["features"] = [{"name": name} for name in names]
+    parts["targets"] = [{"name": name, "std": 1.0 + i} for i, name in enumerate(names)]
+    parts["inputs"][0]["shape"] = ["T", "B", 9]
+    for output in parts["outputs"]:
+        output["shape"] = ["T", "B", 9] if output["name"] == "mean" else ["T", "B", 3, 9]
+    return Codec(Manifest.model_validate(parts))
+
+
+@given(cut=st.integers(1, 39), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_surprises_of_many_values_do_not_depend_on_the_cut(cut: int, seed: int, models: Path) -> None:
+    rng, codec = np.random.default_rng(seed), wide(models)
+    outputs = {"mean": rng.normal(size=(40, 9)), "quantiles": rng.normal(size=(40, 3, 9)).astype(np.float32)}
+    entries = rng.normal(size=(40, 9)).astype("<f4")
+    whole = codec.predictions(outputs, 1, None, entries, 5)
+    first = codec.predictions({k: v[:cut] for k, v in outputs.items()}, 1, None, entries[:cut], 5)
+    before = {name: array[cut - 1] for name, array in outputs.items()}
+    rest = codec.predictions({k: v[cut:] for k, v in outputs.items()}, cut + 1, before, entries[cut:], 5)
+    assert first + rest == whole
+
+
 # ---------------------------------------------------------------------- text streams
 
 

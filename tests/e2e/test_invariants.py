@@ -207,6 +207,8 @@ def test_a_text_cut_and_resumed_is_the_same(model: str, models: Path, server: Se
     expected = server.stream(whole, **body)
     seen = server.stream(session, cuts[0], **body)
     for cut in cuts[1:]:
+        if seen[-1].id in (expected[-2].id, expected[-1].id):
+            break
         seen += server.resume(session, seen[-1].id, cut)
     if seen[-1].event != "done":
         seen += server.resume(session, seen[-1].id)

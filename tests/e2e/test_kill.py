@@ -1,6 +1,8 @@
 """kill -9, SIGTERM and restarts: nothing that was answered is lost, nothing is done twice."""
 
+import json
 import random
+import socket
 import subprocess
 import threading
 import time
@@ -23,7 +25,7 @@ from live import (
     text_of,
     tokens_of,
 )
-from tiny import TINY, newest, some_inputs
+from tiny import TINY, every_model, newest, some_inputs
 
 WRITE = {"max_tokens": 400, "seed": 11}
 
@@ -32,7 +34,7 @@ def manifest_inputs(models: Path, model: str, count: int, seed: int = 0) -> list
     return some_inputs(newest(models, model).manifest, count, seed)
 
 
-@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("model", every_model())
 def test_a_killed_server_remembers_every_bit(model: str, models: Path, mortal: Server, server: Server) -> None:
     before, after = manifest_inputs(models, model, 300, 1), manifest_inputs(models, model, 5, 2)
     unbroken, killed = f"unbroken-{model}", f"killed-{model}"
@@ -281,6 +283,20 @@ def test_sigterm_ends_in_time_with_long_work_under_way(fresh: MakeServer) -> Non
     for thread in asking:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def test_sigterm_ends_in_time_with_a_client_that_does_not_read(fresh: MakeServer) -> None:
+    one = fresh(grace_s=1, store="memory").start()
+    body = json.dumps({"max_tokens": 100_000, "seed": 1, "stream": True}).encode()
+    head = b"POST /v1/models/tiny-letters/generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.connect(("127.0.0.1", int(str(one.settings["port"]))))
+        wire.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(1.5)
+        began = time.monotonic()
+        assert one.terminate() == 0
+        assert time.monotonic() - began < 8
 
 
 def background_post(one: Server, path: str, body: object) -> threading.Thread:

@@ -1,0 +1,214 @@
+"""Sessions among replicas that move them, at the end of the process, and without their model."""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tiny import LETTERS
+
+from service.errors import Problem
+from service.registry import Registry
+from service.run import Reader
+from service.session import MAX_RACES, Opening, Sessions
+from service.settings import Settings
+from service.store.base import Commit, Generation, Head, Segment
+from service.store.memory import MemoryStore
+from service.work.events import Event, Listener
+
+KEY = ("", "s")
+OTHER = 3
+"""what the other replica feeds"""
+NEW = Opening(model="tiny-letters", seed=1)
+GENERATION = Generation(0, 0, 20, 1.0, 0, 1.0, 0)
+
+
+class Contested(MemoryStore):
+    """Another replica feeds a symbol just before each of the next `races` commits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.races = 0
+
+    def commit(self, commits: Sequence[Commit]) -> list[Any]:
+        head = super().head(KEY)
+        if self.races and head is not None:
+            self.races -= 1
+            self.feed_one(head)
+        return list(super().commit(commits))
+
+    def feed_one(self, head: Head) -> None:
+        segment = Segment(head.branch, head.position, 1, "fed", OTHER.to_bytes(4, "little"), "other")
+        moved = msgspec.structs.replace(head, position=head.position + 1)
+        super().commit([Commit(moved, head.fence, (segment,))])
+
+
+@pytest.fixture
+def folder(models: Path, tmp_path: Path) -> Path:
+    shutil.copytree(models / "tiny-letters", tmp_path / "models" / "tiny-letters")
+    return tmp_path / "models"
+
+
+Run = Callable[[Callable[[Sessions], Awaitable[Any]]], Any]
+
+
+@pytest.fixture
+def store() -> Contested:
+    return Contested()
+
+
+@pytest.fixture
+def run(folder: Path, store: Contested) -> Iterator[Run]:
+    """Runs a coroutine on sessions of their own, on an event loop and an engine of their own."""
+
+    def run(work: Callable[[Sessions], Awaitable[Any]]) -> Any:  # noqa: ANN401 (whatever the work gives)
+        async def inside() -> Any:  # noqa: ANN401
+            loop = asyncio.get_running_loop()
+
+            def post(events: list[tuple[Listener, Event]]) -> None:
+                loop.call_soon_threadsafe(lambda: [listener(event) for listener, event in events])
+
+            registry = Registry(Settings(models_dir=folder, store="memory"), store, post)
+            registry.start()
+            try:
+                return await asyncio.wait_for(work(Sessions(registry, store, 0, 5.0)), 20)
+            finally:
+                await asyncio.to_thread(registry.stop)
+
+        return asyncio.run(inside())
+
+    yield run
+
+
+async def feed(sessions: Sessions, text: str, opening: Opening = NEW) -> int:
+    return (await sessions.feed(KEY, text, opening, True, 5)).head.position
+
+
+def logged(store: MemoryStore) -> list[int]:
+    head = store.head(KEY)
+    assert head is not None
+    data = b"".join(segment.data for segment in store.log(head.branch, 0, head.position))
+    return [int.from_bytes(data[i : i + 4], "little") for i in range(0, len(data), 4)]
+
+
+# ---------------------------------------------------------------------- races
+
+
+@pytest.mark.parametrize("races", range(1, MAX_RACES + 1))
+def test_a_feed_that_loses_a_race_is_run_again_on_what_won(races: int, run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> int:
+        await feed(sessions, "ab")
+        store.races = races
+        return await feed(sessions, "jj")
+
+    assert run(work) == 4 + races
+    a, b, j = (LETTERS.index(letter) for letter in "abj")
+    assert logged(store) == [a, b, *[OTHER] * races, j, j]
+
+
+def test_a_feed_gives_up_after_too_many_races_and_feeds_nothing(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> None:
+        await feed(sessions, "ab")
+        store.races = MAX_RACES + 1
+        await feed(sessions, "jj")
+
+    with pytest.raises(Problem) as found:
+        run(work)
+    assert found.value.code == "position_mismatch"
+    assert len(logged(store)) == 2 + MAX_RACES + 1
+
+
+def test_a_fenced_feed_that_loses_a_race_is_told_the_true_position(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> None:
+        await feed(sessions, "ab")
+        store.races = 1
+        await feed(sessions, "jj", Opening(position=2))
+
+    with pytest.raises(Problem) as found:
+        run(work)
+    assert found.value.code == "position_mismatch" and found.value.members["position"] == 3
+    assert len(logged(store)) == 3
+
+
+def test_a_generate_that_loses_a_race_never_runs_again(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> None:
+        await feed(sessions, "ab")
+        store.races = 1
+        begun = await sessions.generate(KEY, "c", GENERATION, Opening())
+        await Reader(begun).finish()
+
+    with pytest.raises(Problem) as found:
+        run(work)
+    assert found.value.code == "position_mismatch"
+    assert len(logged(store)) == 3
+
+
+def test_a_change_that_loses_a_race_is_made_on_what_won(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> Head:
+        await feed(sessions, "ab")
+        store.races = 2
+        return await sessions.update(KEY, {"a": 1}, None)
+
+    head = run(work)
+    assert head.position == 4 and head.metadata == {"a": 1}
+
+
+# ---------------------------------------------------------------------- the end of the process
+
+
+def test_a_service_that_stops_refuses_new_work_and_suspends_generates(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> Any:  # noqa: ANN401
+        long = msgspec.structs.replace(GENERATION, max_tokens=100_000)
+        begun = await sessions.generate(KEY, "a", long, NEW)
+        reader = Reader(begun)
+        await reader.begun()
+        await sessions.drain(5.0)
+        for refused in (feed(sessions, "a"), sessions.delete(KEY), sessions.generate(KEY, None, long, NEW)):
+            with pytest.raises(Problem) as found:
+                await refused
+            assert found.value.code == "not_ready"
+        await begun.ended()
+        reader.close()
+        return begun
+
+    begun = run(work)
+    head = store.head(KEY)
+    assert begun.suspended and head is not None and head.generation is not None
+    assert head.generation.finish_reason is None and head.position == begun.tokens[-1].position
+
+
+def test_a_sweep_leaves_sessions_with_work_alone(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> tuple[str, str]:
+        opening = Opening(model="tiny-letters", ttl_s=1)
+        await sessions.create(KEY, opening)
+        await sessions.create(("", "idle"), opening)
+        async with sessions._turn(KEY):
+            await asyncio.sleep(1.05)
+            await sessions.sweep()
+            busy = await sessions.head(KEY)
+        idle = store.head(("", "idle"), at_ms=0)
+        assert idle is not None
+        return busy.status, idle.status
+
+    assert run(work) == ("live", "expired")
+
+
+# ---------------------------------------------------------------------- models
+
+
+def test_a_session_keeps_its_graph_not_only_its_version(run: Run, store: Contested, folder: Path) -> None:
+    """A bundle whose graph is another one under the same number is not the session's model."""
+
+    async def work(sessions: Sessions) -> None:
+        await feed(sessions, "ab")
+        head = store.head(KEY)
+        assert head is not None
+        store.commit([Commit(msgspec.structs.replace(head, graph="0" * 64), head.fence)])
+        await feed(sessions, "c")
+
+    with pytest.raises(Problem) as found:
+        run(work)
+    assert found.value.code == "not_ready"
