@@ -99,6 +99,15 @@ def test_export_of_a_run(tmp_path: Path, book: Path) -> None:
     assert taken.exit_code == 1 and "error:" in taken.stderr
 
 
+def test_the_example_of_a_model_card_is_one_that_the_model_takes(tmp_path: Path, book: Path) -> None:
+    run, models = tmp_path / "run", tmp_path / "models"
+    assert call("train", "--data", book, "--out", run, "--quiet", *SMALL).exit_code == 0
+    refused = call("export", run, "--name", "fox", "--models", models, "--example", "§")
+    assert refused.exit_code == 1 and "'§'" in refused.stderr and not models.exists()
+    assert call("export", run, "--name", "fox", "--models", models, "--example", "the").exit_code == 0
+    assert '"inputs": "the"' in (models / "fox" / "1" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

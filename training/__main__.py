@@ -140,6 +140,7 @@ def export(
     name: Annotated[str, typer.Option(help="The model's name in the service.")],
     models: Annotated[Path, typer.Option(help="The folder that the service reads.")] = Path("models"),
     version: Annotated[int | None, typer.Option(help="The next free one, if not given.")] = None,
+    example: Annotated[str | None, typer.Option(help="What the model card's calls feed: a text, or JSON.")] = None,
 ) -> None:
     """Write a run's best model as a checked ONNX bundle."""
     from training.export import export_run  # onnx loads slowly and only this command needs it
@@ -147,7 +148,7 @@ def export(
 
     try:
         with plain_errors():
-            typer.echo(str(export_run(run, models, name, version)))
+            typer.echo(str(export_run(run, models, name, version, example)))
     except ExportError as error:
         fail(str(error))
 

@@ -26,6 +26,7 @@ from service.bundle import (
     NAME_PATTERN,
     Feature,
     Manifest,
+    Splitter,
     StateSpec,
     Target,
     TensorSpec,
@@ -42,12 +43,30 @@ PROVENANCE = ("command", "seed", "data", "steps", "epochs", "minutes", "recipe",
 ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
 
 
-def export_run(run: Path, models: Path, name: str, version: int | None = None) -> Path:
-    """Publish the best checkpoint of a run with its figures and plots; returns the bundle's folder."""
+def export_run(run: Path, models: Path, name: str, version: int | None = None, example: str | None = None) -> Path:
+    """Publish the best checkpoint of a run with its figures and plots; returns the bundle's folder.
+
+    `example` is what the model card's calls feed: a text, or values as JSON.
+    """
     module, meta = load_model(run)
+    if example is not None:
+        meta = {**meta, "example": _read_example(example, meta)}
     figures = run / "metrics.json"
     metrics = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
     return export_model(module, meta, models, name, version, metrics, sorted((run / "plots").glob("*.png")))
+
+
+def _read_example(example: str, meta: Mapping[str, Any]) -> Any:  # noqa: ANN401 (text or numbers)
+    """The example as it is fed; raises ExportError when the model would refuse it."""
+    if not meta["symbols"]:
+        try:
+            return json.loads(example)
+        except json.JSONDecodeError as error:
+            raise ExportError(f"example: {example!r} is not JSON, as [35, 32, 45]") from error
+    unknown = set(Splitter.model_validate(meta["splitter"]).split(example)) - set(meta["symbols"])
+    if unknown:
+        raise ExportError(f"example: the model does not know {', '.join(map(repr, sorted(unknown)))}")
+    return example
 
 
 def export_model(
