@@ -1,0 +1,56 @@
+"""The shipped models: whole, small, and as good as their cards say they must be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.bundle import load
+
+MODELS = Path(__file__).parents[1] / "models"
+SHIPPED = ("nyc-weather", "shakespeare", "temperature", "who")
+
+
+def newest(name: str) -> Path:
+    return max((MODELS / name).iterdir(), key=lambda path: int(path.name))
+
+
+def metrics(name: str) -> dict[str, Any]:
+    return dict(json.loads((newest(name) / "manifest.json").read_text(encoding="utf-8"))["metrics"])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_bundle_is_whole_and_says_how_it_was_made(name: str) -> None:
+    manifest = load(newest(name)).manifest
+    assert manifest.training["command"].startswith("python -m training train --recipe " + name)
+    assert {"seed", "data", "steps", "minutes"} <= manifest.training.keys()
+    assert manifest.checks and manifest.metrics
+
+
+def test_together_they_are_at_most_20_mb() -> None:
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 20 * 2**20
+
+
+def test_who_is_small_and_right_at_any_distance() -> None:
+    assert (newest("who") / "model.onnx").stat().st_size < 2**20
+    found = metrics("who")
+    assert found["model"] >= 0.99
+    for distance, share in found["by_distance"].items():
+        assert share["model"] >= 0.99, distance
+        assert share["reset_every_16"] < 0.5, distance
+
+
+def test_shakespeare_beats_what_counts_characters() -> None:
+    found = metrics("shakespeare")
+    assert found["model"] <= 2.10
+    assert found["model"] < found["5-gram"] < found["unigram"]
+    assert found["model"] < found["model_reset_every_64"]
+
+
+@pytest.mark.parametrize("name", ["nyc-weather", "temperature"])
+def test_forecasters_beat_persistence_and_print_their_coverage(name: str) -> None:
+    found = metrics(name)
+    for airport, targets in found["by_entity"].items():
+        assert targets["temperature"]["model"] < targets["temperature"]["persistence"]
+        assert 0.6 < found["interval"]["covered"]["temperature"][airport] < 0.95
