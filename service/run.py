@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from service.engine import Engine
 from service.errors import Problem, not_ready
@@ -55,10 +56,10 @@ class Run:
         while self.end is None:
             await self._news.wait()
 
-    def ask(self, stop: str) -> None:
-        """End the run soon: "suspend" or "cancel"."""
-        if self.work is not None and self.end is None:
-            self.work.stop = "cancel" if stop == "cancel" else "suspend"
+    def ask(self, stop: Literal["suspend", "cancel"]) -> None:
+        """End the run soon; a cancel is never taken back."""
+        if self.work is not None and self.end is None and self.work.stop != "cancel":
+            self.work.stop = stop
             self.engine.wake()
 
     @property

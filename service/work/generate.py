@@ -36,16 +36,15 @@ class Generate(SessionWork):
         self._prompt = prompt
         self.resumed = resumed
         self._uncommitted: tuple[int, float] | None = None
+        self._block = -1
         self.generation = generation
         self.sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
 
     def begin(self, host: Host) -> None:
         """Fold what is left of the log and the prompt."""
-        if self._in_session:
-            self.open(host)
-        else:
+        if not self._in_session:
             self.new = NewSession(self.key, self.generation.seed)
-            self.open(host)
+        self.open(host)
         self._created = self.new is not None and self._in_session
         self._position = self.base.head.position
         self._text = TextStream(host.codec, self.generation.stop)
@@ -86,7 +85,7 @@ class Generate(SessionWork):
         """The number that decides the token at the next position."""
         position = self._position + 1
         block, offset = divmod(position, _UNIFORM_BLOCK)
-        if getattr(self, "_block", None) != block:
+        if self._block != block:
             self._block = block
             self._numbers = uniforms(self.generation.seed, block * _UNIFORM_BLOCK, _UNIFORM_BLOCK, Purpose.TOKEN)
         return float(self._numbers[offset])
