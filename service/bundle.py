@@ -19,7 +19,6 @@ MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
-SAMPLER = "inverse-cdf-1"
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 DTYPES: dict[str, np.dtype[Any]] = {

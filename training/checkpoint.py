@@ -159,7 +159,7 @@ def write_json(path: Path, data: Any) -> None:  # noqa: ANN401 (any JSON)
     """Atomically: beside its place, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
 
 
@@ -169,19 +169,20 @@ def _replace(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[st
     temporary.mkdir(parents=True)
     for name, content in tensors.items():
         save_file(content, temporary / name)
-        _sync(temporary / name)
+        sync(temporary / name)
     for name, data in texts.items():
         write_json(temporary / name, data)
-    _sync(temporary)
+    sync(temporary)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -5,7 +5,6 @@ renamed, so that a bundle is there in full or not at all. A version is never ove
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -33,7 +32,7 @@ from service.bundle import (
     sha256_of,
 )
 from training import card, graph, parity
-from training.checkpoint import load_model
+from training.checkpoint import load_model, sync
 from training.model import RecurrentModel, state_names
 from training.parity import ExportError, Step, Tensors
 
@@ -161,13 +160,13 @@ def publish(target: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Pat
         complete = manifest.model_copy(update={"files": sums})
         _write(temporary / MANIFEST, complete.model_dump_json(indent=2).encode() + b"\n")
         temporary.chmod(0o755)  # mkdtemp gives 0700, and a container serves as another user
-        _sync(temporary)
+        sync(temporary)
         _rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if not any(target.parent.iterdir()):
             target.parent.rmdir()
-    _sync(target.parent)
+    sync(target.parent)
     return target
 
 
@@ -251,12 +250,4 @@ def _rename(temporary: Path, target: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)

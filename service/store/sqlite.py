@@ -38,7 +38,6 @@ from service.store.base import (
     join,
     now_ms,
     stamp,
-    tombstone,
 )
 
 log = structlog.get_logger(__name__)
@@ -391,8 +390,7 @@ class SqliteStore:
             due = self._db.execute(
                 "SELECT head FROM sessions WHERE status = 'live' AND expires_ms <= ? LIMIT 1000", (now,)
             ).fetchall()
-            for (blob,) in due:
-                self._expire(_head.decode(blob).key, busy, now)
+            self._expire([_head.decode(row[0]).key for row in due], busy, now)
             ended = self._db.execute(
                 "SELECT head FROM sessions WHERE status != 'live' AND updated_ms < ? LIMIT 1000",
                 (now - TOMBSTONE_TTL_S * 1000,),
@@ -401,11 +399,12 @@ class SqliteStore:
             self._drop(old)
         return len(due) + len(old)
 
-    def _expire(self, key: Key, busy: Collection[Key], now: int) -> None:
-        stored = self._stored(key)
-        if stored is None or key in busy or stored.at(now).status != "expired" or stored.status != "live":
-            return
-        self._write([Commit(head=tombstone(stored.at(now), "expired"), expected=stored.fence)])
+    def _expire(self, keys: Iterable[Key], busy: Collection[Key], now: int) -> None:
+        """Close what is due in one commit: serving waits for one write, not for one a session."""
+        stored = [head for key in keys if key not in busy and (head := self._stored(key)) is not None]
+        due = [head for head in stored if head.status == "live" and head.at(now).status == "expired"]
+        if due:
+            self._write([Commit(head=head.at(now), expected=head.fence) for head in due])
 
     def _drop(self, heads: list[Head]) -> None:
         if not heads:
