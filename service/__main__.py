@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from types import FrameType
+from typing import TextIO, cast
 
 import structlog
 import uvicorn
@@ -25,7 +27,7 @@ def main() -> int:
     except SettingsError as error:
         return _refuse(str(error))
     except StoreError as error:
-        return _refuse(f"RECURRA_DATA_DIR: {error}")
+        return _refuse(f"{'RECURRA_DATA_DIR' if settings.store == 'sqlite' else 'RECURRA_STORE'}: {error}")
     app = create_app(settings, store)
     config = uvicorn.Config(
         app,
@@ -49,6 +51,24 @@ def listen(settings: Settings) -> socket.socket:
         raise SettingsError(f"{where}: {os.strerror(error.errno) if error.errno else error}") from error
 
 
+class Unfailing:
+    """A text stream that drops what can not be written: a full disk under the log must not stop the service."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, or drop."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be."""
+        with suppress(OSError):
+            self._stream.flush()
+
+
 class Server(uvicorn.Server):
     """Uvicorn that lets the running streams end, suspended, when it is told to stop."""
 
@@ -67,9 +87,8 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = sockets[0].getsockname()[:2] if sockets else (self.config.host, self.config.port)
             where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            print(
-                f"Recurra listens on {where}\n  what is served: {where}/v1/models\n  the API: {where}/docs", flush=True
-            )
+            told = f"Recurra listens on {where}\n  what is served: {where}/v1/models\n  the API: {where}/docs"
+            print(told, file=cast("TextIO", Unfailing(sys.stdout)), flush=True)
 
 
 def configure_logging(level: str) -> None:
@@ -84,7 +103,7 @@ def configure_logging(level: str) -> None:
             structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", Unfailing(sys.stderr))),
     )
 
 

@@ -10,11 +10,12 @@ from fastapi_swagger import patch_fastapi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
-from service.api import errors, models, operations, sessions, streaming
+from service.api import errors, history, models, operations, sessions, streaming
+from service.history import History
 from service.registry import Registry
 from service.session import Sessions
 from service.settings import Settings
-from service.store.base import Store
+from service.store.base import Store, StoreError
 from service.store.memory import MemoryStore
 from service.store.sqlite import SqliteStore
 from service.work.events import Event, Listener
@@ -28,8 +29,14 @@ SWEEP_EVERY_S = 30.0
 def open_store(settings: Settings) -> Store:
     """The store that the settings name; raises StoreError."""
     if settings.store == "memory":
-        return MemoryStore()
-    return SqliteStore(settings.data_dir, settings.durability)
+        return MemoryStore(settings.idempotency_ttl_s)
+    if settings.store == "sqlite":
+        return SqliteStore(settings.data_dir, settings.durability, settings.idempotency_ttl_s)
+    try:
+        from service.store.redis import RedisStore  # an extra: most services run without it
+    except ImportError as error:
+        raise StoreError("the Redis client is not installed: pip install 'recurra[redis]'") from error
+    return RedisStore(settings.store, settings.durability, settings.idempotency_ttl_s)
 
 
 def create_app(settings: Settings, store: Store) -> FastAPI:
@@ -46,7 +53,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     )
     app.state.settings = settings
     app.state.store = store
-    for module in (models, sessions, streaming, operations):
+    for module in (models, sessions, streaming, history, operations):
         app.include_router(module.router)
     # The page's scripts come from here: FastAPI's own come from a CDN, and many services run without a way out.
     patch_fastapi(app, redirect_from_root_to_docs=False)
@@ -67,6 +74,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     registry = await asyncio.to_thread(Registry, settings, app.state.store, post)
     app.state.registry = registry
     app.state.sessions = Sessions(registry, app.state.store, settings.session_ttl_s, settings.session_wait_ms / 1000)
+    app.state.history = History(app.state.sessions)
     registry.start()
     sweeper = asyncio.create_task(_every(SWEEP_EVERY_S, app.state.sessions.sweep))
     try:

@@ -5,8 +5,10 @@ schedule -> fold -> draw -> commit -> reply. Rows enter and leave between ticks;
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -17,23 +19,52 @@ from service.runner import Folded, Runner
 from service.sampling import log_softmax, sample
 from service.scheduler import Scheduler
 from service.state import Array, Row
-from service.store.base import Applied, Commit, CommitUnknown, Head, Key, Result, Store, StoreError
-from service.tasks import Codec
-from service.work.base import Resident, SessionWork, Work
+from service.store.base import (
+    Applied,
+    Commit,
+    Head,
+    Key,
+    Line,
+    Result,
+    Segment,
+    Snapshot,
+    Store,
+    StoreError,
+    problem_of,
+)
+from service.tasks import Codec, Output
+from service.work.base import Keeping, Resident, SessionWork, Work
 from service.work.events import Event, Failed, Listener, LostRace
 from service.work.generate import Generate
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 Post = Callable[[list[tuple[Listener, Event]]], None]
 """Takes a tick's events to the event loop; called on the engine's thread."""
+
+
+class LogDamaged(Exception):
+    """Entries or snapshots that a head needs are not in the store."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__("the log does not hold what its head says")
+        self.head = head
 
 
 class Engine:
     """Runs the work of one model version, batched, on a thread of its own."""
 
     def __init__(
-        self, runner: Runner, store: Store, post: Post, max_batch: int, max_queue_steps: int, max_resident: int
+        self,
+        runner: Runner,
+        store: Store,
+        post: Post,
+        max_batch: int,
+        max_queue_steps: int,
+        max_resident: int,
+        keeping: Keeping | None = None,
     ) -> None:
         self.manifest = runner.manifest
         self.codec = Codec(runner.manifest)
@@ -44,7 +75,10 @@ class Engine:
         self._max_queue_steps = max_queue_steps
         self._max_resident = max_resident
         self._scheduler: Scheduler[Work] = Scheduler(max_batch)
+        self.keeping = keeping or Keeping()
         self._residents: OrderedDict[Key, Resident] = OrderedDict()
+        self._parking: list[Snapshot] = []
+        self._store_run = store.run
         self._arrived = threading.Condition()
         self._inbox: deque[Work] = deque()
         self._unscheduled: list[Work] = []
@@ -56,6 +90,8 @@ class Engine:
         self._batch_rows = metrics.BATCH_ROWS.labels(*labels)
         self._run_seconds = metrics.RUN_SECONDS.labels(*labels)
         self._wakes = metrics.WAKES.labels(*labels)
+        self._parks = metrics.PARKS.labels(*labels)
+        self._faults = metrics.NUMERIC_FAULTS.labels(*labels)
         metrics.RESIDENT.labels(*labels).set_function(lambda: len(self._residents))
         metrics.QUEUED_STEPS.labels(*labels).set_function(lambda: self._queued_steps)
         self._thread = threading.Thread(target=self._run, name=f"engine-{'-'.join(labels)}", daemon=True)
@@ -96,6 +132,7 @@ class Engine:
     def _run(self) -> None:
         while self._admit():
             self._tick()
+        self._commit([])
 
     def _admit(self) -> bool:
         """Begin what has arrived; wait while there is nothing to do. False: stop."""
@@ -110,17 +147,33 @@ class Engine:
         return True
 
     def _begin(self, work: Work) -> None:
+        self._try(work, lambda: work.begin(self))
+        self._queue(work)
+
+    def _try(self, work: Work, act: Callable[[], T]) -> T | None:
+        """Let a piece of work act; whatever goes wrong ends that work alone."""
         try:
-            work.begin(self)
+            return act()
         except Problem as problem:
             work.end(Failed(problem))
         except StoreError as error:
             log.error("store_failed", error=str(error))
-            work.end(Failed(not_ready("the store can not be read")))
+            work.end(Failed(problem_of(error)))
+        except LogDamaged as damaged:
+            head = damaged.head
+            self._try(work, lambda: work.end(self._explained(head)))
         except Exception:
             log.exception("work_failed", model=self.manifest.name)
-            work.end(Failed(Problem("internal", "the work could not be begun")))
-        self._queue(work)
+            work.end(Failed(Problem("internal", "the service failed on this request; nothing was changed")))
+        return None
+
+    def _explained(self, head: Head) -> Event:
+        """Why entries are missing: another replica has moved the session since its head was read, or they are lost."""
+        newest = self._store.head(head.key)
+        if newest is None or newest.fence != head.fence:
+            return LostRace(newest)
+        log.error("log_damaged", session=head.id, position=head.position)
+        return Failed(Problem("internal", "the session's log is damaged; nothing was changed"))
 
     def _queue(self, work: Work) -> None:
         if work.remaining and not work.finished:
@@ -177,12 +230,12 @@ class Engine:
         self._scatter(works, folded)
 
     def _scatter(self, works: list[Work], folded: Folded) -> None:
-        finite = all(np.isfinite(array).all() for array in folded.outputs.values())
         for i, work in enumerate(works):
             outputs = {name: np.ascontiguousarray(array[:, i]) for name, array in folded.outputs.items()}
-            if finite or all(np.isfinite(array).all() for array in outputs.values()):
+            if folded.finite or (_finite(outputs) and state.finite(folded.rows[i])):
                 work.folded(outputs, folded.rows[i])
             else:
+                self._faults.inc()
                 work.end(Failed(_numeric_fault(work)))
 
     def _fold_alone(self, works: list[Work], steps: int) -> None:
@@ -211,30 +264,27 @@ class Engine:
     # ------------------------------------------------------------------ commit
 
     def _commit(self, works: list[Work]) -> None:
-        due = [(work, commit) for work in works if not work.finished and (commit := work.commit()) is not None]
-        if due:
+        unfinished = [work for work in works if not work.finished]
+        due = [(work, commit) for work in unfinished if (commit := self._try(work, work.commit)) is not None]
+        parking, self._parking = self._parking, []
+        if due or parking:
             started = perf_counter()
-            results = self._committed(due)
+            results = self._committed(due, parking)
             metrics.COMMIT_SECONDS.observe(perf_counter() - started)
             for (work, commit), result in zip(due, results, strict=True):
                 self._settle(work, commit.head.key, result)
 
-    def _committed(self, due: list[tuple[Work, Commit]]) -> list[Result | Problem]:
+    def _committed(self, due: list[tuple[Work, Commit]], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
         try:
-            return list(self._store.commit([commit for _, commit in due]))
-        except CommitUnknown as error:
-            log.error("commit_unknown", error=str(error))
-            return [Problem("commit_unknown", "it is not known whether the step was stored: read the session")] * len(
-                due
-            )
+            return list(self._store.commit([commit for _, commit in due], parking))
         except StoreError as error:
             log.error("commit_failed", error=str(error))
-            return [not_ready("the store can not be written; nothing was changed")] * len(due)
+            return [problem_of(error)] * len(due)
         except Exception:
             # Something in one commit could not be written: the others shall not suffer for it.
             log.exception("commit_failed")
-            if len(due) == 1:
-                return [Problem("internal", "the session could not be written; nothing was changed")]
+            if len(due) <= 1 and not parking:
+                return [Problem("internal", "the session could not be written; nothing was changed")] * len(due)
             return [result for one in due for result in self._committed([one])]
 
     def _settle(self, work: Work, key: Key, result: Result | Problem) -> None:
@@ -248,14 +298,14 @@ class Engine:
             work.end(Failed(result))
         else:
             metrics.COMMITS.labels("conflict").inc()
-            work.end(LostRace(result.head))
+            work.lost(result.head)
 
     # ------------------------------------------------------------------ reply
 
     def _advance(self, works: list[Work]) -> None:
         for work in works:
             if not work.finished:
-                work.advance()
+                self._try(work, work.advance)
 
     def _reply(self, works: list[Work]) -> None:
         posted: list[tuple[Listener, Event]] = []
@@ -273,48 +323,69 @@ class Engine:
 
     # ------------------------------------------------------------------ sessions in memory
 
-    def resident(self, key: Key) -> Resident:
-        """A live session, loaded from the store if need be."""
-        held = self._residents.get(key)
-        if held is not None:
-            self._residents.move_to_end(key)
-            return held
-        # Whether the session has expired was judged when the work arrived.
-        head = self._store.head(key, at_ms=0)
-        if head is None or head.status != "live":
-            raise Problem("session_not_found", f"there is no session {key[1]!r}")
-        loaded = self._load(head)
-        self._hold(key, loaded)
-        return loaded
+    def resident(self, known: Head) -> Resident:
+        """A session that stands at `known` or, by this process's own commits, further on."""
+        self._drop_if_the_store_restarted()
+        held = self._residents.get(known.key)
+        if held is None or not _leads_to(known, held.head):
+            held = self._load(known)
+        elif held.head.position == known.position:
+            held = replace(held, head=known)  # what is said of a session may change without a step
+        self._hold(known.key, held)
+        return held
+
+    def forget(self, key: Key) -> None:
+        """Drop a session from memory: it has ended, or left for another model version. From any thread."""
+        self._residents.pop(key, None)
+
+    def _drop_if_the_store_restarted(self) -> None:
+        if self._store.run != self._store_run:
+            self._store_run = self._store.run
+            self._residents.clear()
 
     def _load(self, head: Head) -> Resident:
         """The newest snapshot, and the log after it: at least one entry, which gives the last output back."""
-        start, row = self._newest_state(head)
-        tail = self._entries(head, start)
-        if len(tail) != head.position - start:
-            log.error("log_damaged", session=head.id, position=head.position, entries=start + len(tail))
-            raise Problem("internal", "the session's log is damaged; nothing was changed")
+        start, row = self.state_below(head, head.position)
+        tail = self.log_entries(head, start, head.position)
         self._wakes.inc()
         return Resident(head, row, start, tail, None, tail[-1] if len(tail) else None, start)
 
-    def _newest_state(self, head: Head) -> tuple[int, Row]:
-        """(position, state) of the newest snapshot that can be read; older ones and position 0 stand behind it."""
-        specs, below = self.manifest.states, head.position
-        while (snapshot := self._store.snapshot(head.branch, below)) is not None:
+    def state_below(self, head: Head, below: int) -> tuple[int, Row]:
+        """(position, state) of the newest snapshot before `below` that can be read, or of the log's beginning."""
+        specs, below = self.manifest.states, max(below, head.origin + 1)
+        while (snapshot := self.snapshot(head, below)) is not None:
             try:
                 return snapshot.position, state.load(specs, snapshot.data)
             except ValueError as error:
                 log.error("snapshot_unreadable", session=head.id, position=snapshot.position, error=str(error))
                 below = snapshot.position
+        if head.origin:
+            raise LogDamaged(head)
         return 0, state.initial_row(specs)
 
-    def _entries(self, head: Head, after: int) -> Array:
-        segments = self._store.log(head.branch, after, head.position)
-        return self.codec.entries(b"".join(segment.data for segment in segments))
+    def snapshot(self, head: Head, below: int) -> Snapshot | None:
+        """The newest snapshot of this model's state before `below`."""
+        found = self._store.snapshot(head.branch, below, self.manifest.graph_sha256)
+        return found if found is not None and found.position >= head.origin else None
 
-    def log_entries(self, head: Head, after: int) -> Array:
-        """The session's entries from position after + 1 to its head."""
-        return self._entries(head, after)
+    def snapshots(self, head: Head, to: int) -> list[int]:
+        """Positions of the snapshots of this model's state up to `to`."""
+        return self._store.snapshots(head.branch, head.origin - 1, to, self.manifest.graph_sha256)
+
+    def log(self, branch: str, after: int, to: int) -> list[Segment]:
+        """The segments of positions after + 1 to `to`."""
+        return self._store.log(branch, after, to)
+
+    def log_entries(self, head: Head, after: int, to: int) -> Array:
+        """The session's entries from position after + 1 to `to`; raises Problem when they are not all there."""
+        entries = self.codec.entries(b"".join(segment.data for segment in self._store.log(head.branch, after, to)))
+        if len(entries) != to - after:
+            raise LogDamaged(head)
+        return entries
+
+    def line(self, branch: str) -> Line:
+        """What comes before a branch's own entries."""
+        return self._store.line(branch)
 
     def next_epoch(self, key: Key) -> int:
         """An epoch that this id has never had."""
@@ -327,7 +398,25 @@ class Engine:
         self._residents[key] = resident
         self._residents.move_to_end(key)
         if len(self._residents) > self._max_resident:
-            self._residents.popitem(last=False)
+            self._park(self._residents.popitem(last=False)[1])
+
+    def _park(self, resident: Resident) -> None:
+        """Leave a session to the store; a long way from its last snapshot it gets one with the next commit."""
+        self._parks.inc()
+        if resident.behind is not None:
+            position, row = resident.behind
+            data = state.dump(self.manifest.states, row)
+            head = resident.head
+            self._parking.append(Snapshot(head.branch, position, self.numerics, data, self.manifest.graph_sha256))
+
+
+def _leads_to(known: Head, held: Head) -> bool:
+    """Whether a head in memory is the known one, or one that this process has committed on top of it."""
+    return (held.epoch, held.branch) == (known.epoch, known.branch) and held.position >= known.position
+
+
+def _finite(outputs: Output) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in outputs.values())
 
 
 def _numeric_fault(work: Work) -> Problem:

@@ -20,6 +20,14 @@ RUN_SECONDS = Histogram("recurra_run_seconds", "Time in the graph a tick", _MODE
 COMMIT_SECONDS = Histogram("recurra_commit_seconds", "Time of a group commit", registry=REGISTRY, buckets=_SECONDS)
 COMMITS = Counter("recurra_commits", "Session commits by outcome", ("outcome",), registry=REGISTRY)
 WAKES = Counter("recurra_session_wakes", "Sessions loaded from the store", _MODEL, registry=REGISTRY)
+PARKS = Counter("recurra_session_parks", "Sessions left to the store", _MODEL, registry=REGISTRY)
+NUMERIC_FAULTS = Counter(
+    "recurra_numeric_faults",
+    "Chunks refused because the model made a number that is not finite",
+    _MODEL,
+    registry=REGISTRY,
+)
+REPLAYS = Counter("recurra_replays", "Requests answered by what their key had stored", registry=REGISTRY)
 RESIDENT = Gauge("recurra_sessions_resident", "Sessions held in memory", _MODEL, registry=REGISTRY)
 QUEUED_STEPS = Gauge("recurra_queued_steps", "Steps waiting or running", _MODEL, registry=REGISTRY)
 REQUESTS = Counter("recurra_requests", "HTTP requests by method and status", ("method", "status"), registry=REGISTRY)

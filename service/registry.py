@@ -1,7 +1,8 @@
 """The models on disk, loaded: each version with its runner and engine; what could not be loaded, and why."""
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from service.engine import Engine, Post
 from service.errors import Problem, not_ready
 from service.runner import Runner
 from service.settings import Settings
-from service.store.base import Head, Store
+from service.store.base import Head, Store, StoreError
+from service.work.base import Keeping
 
 MAX_OUTPUT_BYTES = 16 * 2**20
 MAX_SHOWN = 250_000
@@ -36,6 +38,18 @@ class Model:
         return min(MAX_OUTPUT_BYTES // (4 * max(numbers, 1)), MAX_SHOWN // max(shown, 1))
 
 
+@dataclass(slots=True)
+class Reloaded:
+    """What a look at the models folder has changed, as name/version."""
+
+    loaded: list[str] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    """no longer in the folder, but sessions live on them"""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """what can not be loaded, and why"""
+
+
 class Registry:
     """All versions of all models that could be loaded from the models folder."""
 
@@ -45,10 +59,66 @@ class Registry:
         self._post = post
         self._models: dict[str, dict[int, Model]] = {}
         self.problems: dict[str, str] = {}
+        self._reloading = threading.Lock()
         for path in _bundle_paths(settings.models_dir):
             self._load(path)
 
-    def _load(self, path: Path) -> None:
+    def reload(self) -> Reloaded:
+        """Load what is new in the models folder, let go of what has left it and nobody needs."""
+        with self._reloading:
+            report = Reloaded()
+            paths = {(p.parent.name, int(p.name)): p for p in _bundle_paths(self._settings.models_dir)}
+            self.problems = {}
+            for (name, version), path in paths.items():
+                self._renew(name, version, path, report)
+            for name, versions in self.versions().items():
+                for version in versions:
+                    if (name, version) not in paths:
+                        self._let_go(name, version, report)
+            report.skipped = dict(self.problems)
+            return report
+
+    def _renew(self, name: str, version: int, path: Path, report: Reloaded) -> None:
+        loaded = self._models.get(name, {}).get(version)
+        if loaded is None:
+            model = self._load(path)
+            if model is not None:
+                model.engine.start()
+                report.loaded.append(f"{name}/{version}")
+            return
+        try:
+            changed = load(path).manifest != loaded.bundle.manifest
+        except (BundleError, OSError) as error:
+            self._skip(f"{name}/{version}", f"{error}; the version that was loaded is still served")
+            return
+        if changed:
+            self._skip(f"{name}/{version}", "it has changed since it was loaded: publish it as a new version")
+
+    def _let_go(self, name: str, version: int, report: Reloaded) -> None:
+        model = self._models[name][version]
+        self._set(name, version, None)
+        # New sessions can not be begun with it any more; those that live keep it.
+        try:
+            needed = self._store.lives(name, version)
+        except StoreError:
+            self._set(name, version, model)
+            raise
+        if needed:
+            self._set(name, version, model)
+            report.kept.append(f"{name}/{version}")
+            return
+        model.engine.stop()
+        report.unloaded.append(f"{name}/{version}")
+
+    def _set(self, name: str, version: int, model: Model | None) -> None:
+        """Change what is served, in one assignment: others read it meanwhile."""
+        versions = {v: m for v, m in self._models.get(name, {}).items() if v != version}
+        if model is not None:
+            versions[version] = model
+        rest = {n: v for n, v in self._models.items() if n != name}
+        self._models = {**rest, name: versions} if versions else rest
+
+    def _load(self, path: Path) -> Model | None:
         name = f"{path.parent.name}/{path.name}"
         try:
             model = self._open(load(path))
@@ -61,8 +131,10 @@ class Registry:
             log.exception("model_failed", model=name)
             self._skip(name, f"it can not be run: {type(error).__name__}")
         else:
-            self._models.setdefault(path.parent.name, {})[int(path.name)] = model
+            self._set(path.parent.name, int(path.name), model)
             log.info("model_loaded", model=name, batches_exactly=model.runner.batches_exactly)
+            return model
+        return None
 
     def _skip(self, name: str, reason: str) -> None:
         self.problems[name] = reason
@@ -75,7 +147,9 @@ class Registry:
             raise BundleError(f"its task {bundle.manifest.task!r} is not served by this version")
         runner = Runner(bundle, self._settings.threads)
         s = self._settings
-        engine = Engine(runner, self._store, self._post, s.max_batch, s.max_queue_steps, s.max_resident)
+        retention = None if s.log_retention == "all" else s.log_retention
+        keeping = Keeping(s.snapshot_every, retention)
+        engine = Engine(runner, self._store, self._post, s.max_batch, s.max_queue_steps, s.max_resident, keeping)
         return Model(bundle, runner, engine)
 
     def __iter__(self) -> Iterator[Model]:
@@ -107,6 +181,13 @@ class Registry:
         """Whether the model version that a session is pinned to is loaded."""
         model = self._models.get(head.model, {}).get(head.version)
         return model is not None and model.bundle.manifest.graph_sha256 == head.graph
+
+    def with_graph(self, name: str, graph: str) -> Model:
+        """The version of a model that has this graph; raises Problem when none that is loaded has."""
+        for model in self._models.get(name, {}).values():
+            if model.bundle.manifest.graph_sha256 == graph:
+                return model
+        raise Problem("state_mismatch", f"no version of {name[:64]!r} that is loaded has the graph {graph[:16]}...")
 
     def start(self) -> None:
         """Start every engine."""

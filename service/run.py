@@ -91,9 +91,17 @@ class Run:
             case Failed(problem):
                 raise problem
             case LostRace(head):
-                raise moved(head)
+                raise Race(head)
             case _:
                 raise not_ready("the generate was suspended; it goes on where it stopped with GET .../events")
+
+
+class Race(Exception):
+    """Somebody else moved the session first, or took the key; nothing of this work was kept."""
+
+    def __init__(self, head: Head | None) -> None:
+        super().__init__("lost a race")
+        self.head = head
 
 
 class Reader:

@@ -31,6 +31,8 @@ class Folded:
 
     outputs: dict[str, Array]
     rows: list[Row]
+    finite: bool = True
+    """whether every number of outputs and states is finite; if not, some rows' are not"""
 
 
 class Runner:
@@ -51,7 +53,7 @@ class Runner:
             return self._run_batch(chunks, rows)
         alone = [self._run_batch([chunk], [row]) for chunk, row in zip(chunks, rows, strict=True)]
         outputs = {name: np.concatenate([one.outputs[name] for one in alone], axis=1) for name in self._names}
-        return Folded(outputs, [one.rows[0] for one in alone])
+        return Folded(outputs, [one.rows[0] for one in alone], all(one.finite for one in alone))
 
     def _run_batch(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
         specs = self.manifest.states
@@ -59,7 +61,8 @@ class Runner:
         feed.update(zip((spec.input for spec in specs), state.stack(specs, rows), strict=True))
         fetched = self._session.run(self._fetch, feed)
         outputs = dict(zip(self._names, fetched, strict=False))
-        return Folded(outputs, state.unstack(specs, fetched[len(self._names) :]))
+        finite = all(bool(np.isfinite(array).all()) for array in fetched)
+        return Folded(outputs, state.unstack(specs, fetched[len(self._names) :]), finite)
 
 
 def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:

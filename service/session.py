@@ -6,35 +6,42 @@ reads, forecasts and states see the newest committed position and wait for nobod
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 import structlog
 
 from service.errors import Problem, invalid, not_ready
 from service.registry import Model, Registry
-from service.run import Reader, Replay, Run, moved, tokens_of
+from service.replies import Replies
+from service.run import Race, Reader, Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array
-from service.store.base import Applied, Commit, Generation, Head, Key, Store
+from service.store.base import Commit, Conflict, Generation, Head, Key, Store, tombstone
 from service.turns import Place, Turn
 from service.work.base import NewSession, Work
-from service.work.events import Done, Event, Failed, Listener, LostRace
-from service.work.feed import Change, Feed, Peek, Predict, cancelled, closed
+from service.work.events import Done, Event, Failed, Listener, LostRace, Token
+from service.work.feed import Feed, KeptAnswer, Keyed, Predict, abandoned
 from service.work.forecast import Forecast, Path
-from service.work.generate import Generate
+from service.work.generate import MAX_TOKENS_KEPT, Generate, reply_of
+from service.work.migrate import session_reply
 
 log = structlog.get_logger(__name__)
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
-MAX_RACES = 3
 MANY = 1024
 """work on more items than this is done beside the event loop"""
+
+
+def new_branch() -> str:
+    """A branch of the log that nobody has."""
+    return secrets.token_hex(8)
 
 
 def new_seed() -> int:
@@ -63,21 +70,14 @@ class Fed:
     head: Head
 
 
-class _Race(Exception):
-    """Another replica moved the session first."""
-
-    def __init__(self, head: Head | None) -> None:
-        super().__init__("lost a race")
-        self.head = head
-
-
 class Sessions:
     """All operations on sessions, and those without one."""
 
     def __init__(self, registry: Registry, store: Store, default_ttl_s: int, wait_s: float) -> None:
-        self._registry = registry
-        self._store = store
-        self._default_ttl_s = default_ttl_s
+        self.registry = registry
+        self.store = store
+        self.replies = Replies(store, wait_s)
+        self.default_ttl_s = default_ttl_s
         self._wait_s = wait_s
         self._turns: dict[Key, Turn] = {}
         self._runs: dict[Key, Run] = {}
@@ -87,39 +87,45 @@ class Sessions:
 
     async def head(self, key: Key) -> Head:
         """The newest committed head of a live session; raises Problem 404 or 410."""
-        return live(key, await self._head(key))
+        return live(key, await self.stored(key))
 
-    async def _head(self, key: Key) -> Head | None:
+    async def stored(self, key: Key) -> Head | None:
+        """The newest committed head, also of a session that has ended."""
         # Queued or running work keeps a session from expiring under it.
         turn = self._turns.get(key)
-        return await asyncio.to_thread(self._store.head, key, turn.since_ms if turn is not None else None)
+        return await asyncio.to_thread(self.store.head, key, turn.since_ms if turn is not None else None)
 
     def model_of(self, head: Head) -> Model:
         """The model version that a session is pinned to."""
-        return self._registry.of(head)
+        return self.registry.of(head)
 
     async def heads(self, tenant: str, model: str | None, after: str, limit: int) -> list[Head]:
         """Live sessions in order of id."""
-        return await asyncio.to_thread(self._store.heads, tenant, model, after, limit)
-
-    async def state(self, key: Key) -> tuple[Model, Done]:
-        """The state at the newest committed position."""
-        model = self._registry.of(await self.head(key))
-        return model, await self._do(model, Peek, key)
+        return await asyncio.to_thread(self.store.heads, tenant, model, after, limit)
 
     async def forecast(
         self, key: Key, horizon: int, future: Sequence[Mapping[str, object]] | None, samples: int, seed: int | None
     ) -> tuple[Model, Done, list[Done]]:
         """Steps ahead on a copy: the model's own roll-out, and `samples` sampled paths."""
-        head = await self.head(key)
-        model = self._registry.of(head)
-        codec = model.engine.codec
-        told = codec.future(future, horizon)
-        chosen = head.seed if seed is None else seed
-        paths = [None, *(Path(i, chosen) for i in range(samples))]
-        makes = [partial(Forecast, key=key, horizon=horizon, future=told, path=path) for path in paths]
-        done, *sampled = await self._do_all(model, makes)
-        return model, done, sampled
+
+        async def ahead(model: Model, head: Head) -> tuple[Model, Done, list[Done]]:
+            told = model.engine.codec.future(future, horizon)
+            chosen = head.seed if seed is None else seed
+            paths = [None, *(Path(i, chosen) for i in range(samples))]
+            makes = [partial(Forecast, at=head, horizon=horizon, future=told, path=path) for path in paths]
+            done, *sampled = await self._do_all(model, makes)
+            return model, done, sampled
+
+        return await self.read(key, ahead)
+
+    async def read(self, key: Key, look: Callable[[Model, Head], Awaitable[T]]) -> T:
+        """Look at a session as it stands; again, when it was moved under the look."""
+
+        async def fresh() -> T:
+            head = await self.head(key)
+            return await look(self.registry.of(head), head)
+
+        return await self.replies.again(fresh)
 
     async def predict(self, model: Model, sequences: Sequence[Array], last_only: bool) -> list[Done]:
         """Whole sequences from the initial state."""
@@ -127,123 +133,154 @@ class Sessions:
 
     # ------------------------------------------------------------------ changing
 
-    async def create(self, key: Key, opening: Opening) -> Head:
+    async def create(self, key: Key, opening: Opening, keyed: Keyed | None = None) -> Head:
         """A new session at position 0."""
-        async with self._turn(key):
-            head = await self._head(key)
-            if head is not None and head.status == "live":
-                raise Problem("session_exists", f"session {key[1]!r} lives; delete it first, or choose another id")
-            model = self._registry.get(opening.model or "", opening.version)
-            new = self._new(key, opening)
-            try:
-                done = await self._do(model, Change, key, lambda head: head, new)
-            except _Race as race:
-                raise Problem("session_exists", f"session {key[1]!r} lives") from race
-            return _head_of(done)
+        async with self.turn(key):
+            await self.must_not_live(key)
+            model = self.registry.get(opening.model or "", opening.version)
+            new, manifest = self._new(key, opening), model.bundle.manifest
+            head = Head(
+                tenant=key[0],
+                id=key[1],
+                model=manifest.name,
+                version=manifest.version,
+                graph=manifest.graph_sha256,
+                epoch=await asyncio.to_thread(self.store.next_epoch, key),
+                position=0,
+                seed=new.seed,
+                branch=new_branch(),
+                ttl_s=new.ttl_s,
+                metadata=dict(new.metadata),
+                state_bytes=manifest.state_bytes,
+            )
+            return await self.put(Commit(head, None, reply=session_reply(keyed) if keyed is not None else None))
+
+    async def must_not_live(self, key: Key) -> None:
+        """Raise Problem 409 when the id lives."""
+        head = await self.stored(key)
+        if head is not None and head.status == "live":
+            raise Problem("session_exists", f"session {key[1]!r} lives; delete it first, or choose another id")
+
+    async def put(self, commit: Commit) -> Head:
+        """Commit a change of a head; raises Race when the session stands elsewhere or the key is taken."""
+        result = (await asyncio.to_thread(self.store.commit, [commit]))[0]
+        if isinstance(result, Conflict):
+            raise Race(result.head)
+        return result.head
 
     async def update(self, key: Key, metadata: Mapping[str, object] | None, ttl_s: int | None) -> Head:
         """Change what is said of a session."""
-
-        def change(head: Head) -> Head:
-            return msgspec.structs.replace(
+        async with self.turn(key):
+            head = await self.head(key)
+            changed = msgspec.structs.replace(
                 head,
                 metadata=dict(metadata) if metadata is not None else head.metadata,
                 ttl_s=ttl_s if ttl_s is not None else head.ttl_s,
             )
+            return await self.put(Commit(changed, head.fence))
 
-        async with self._turn(key):
-            return await self._change(key, change)
-
-    async def delete(self, key: Key) -> None:
-        """Close a session; a running generate ends as cancelled."""
-        if (head := await self._head(key)) is None:
+    async def delete(self, key: Key, forks: bool = False) -> None:
+        """Close a session; a running generate ends as cancelled. With `forks` those that left it are closed too."""
+        if (head := await self.stored(key)) is None:
             live(key, head)
+            return
         self._cancel_run(key)
-        async with self._turn(key, urgent=True):
-            head = await self._head(key)
-            if head is not None and head.status == "live":
-                await self._change(key, closed)
+        async with self.turn(key, urgent=True):
+            head = await self.stored(key) or head
+            if head.status == "live":
+                head = await self.abandon(head)
+                await self.put(Commit(tombstone(head, "closed"), head.fence))
+                self.forget(head)
+        if forks:
+            for fork in await asyncio.to_thread(self.store.forks, key, head.life):
+                await self.delete((key[0], fork), forks)
+
+    def forget(self, head: Head) -> None:
+        """Drop a session from its engine's memory."""
+        if self.registry.has(head):
+            self.registry.of(head).engine.forget(head.key)
 
     async def cancel(self, key: Key) -> Head:
         """End a running or suspended generate where it stands."""
         await self.head(key)
         self._cancel_run(key)
-        async with self._turn(key, urgent=True):
-            head = await self.head(key)
-            if head.generation is None or head.generation.finish_reason is not None:
-                return head
-            return await self._change(key, cancelled)
+        async with self.turn(key, urgent=True):
+            return await self.abandon(await self.head(key))
+
+    async def abandon(self, head: Head) -> Head:
+        """End a suspended generate where it stands; under its key stays what it had made."""
+        generation = abandoned(head)
+        if generation is None or generation == head.generation:
+            return head
+        ended = msgspec.structs.replace(head, generation=generation)
+        if not generation.key:
+            return await self.put(Commit(ended, head.fence))
+        few = head.position - generation.start <= MAX_TOKENS_KEPT
+        span = (head.branch, generation.start, head.position)
+        segments = await asyncio.to_thread(self.store.log, *span) if few else []
+        return await self.put(Commit(ended, head.fence, reply=reply_of(ended, segments)))
 
     def _cancel_run(self, key: Key) -> None:
         run = self._runs.get(key)
         if run is not None:
             run.ask("cancel")
 
-    async def _change(self, key: Key, change: Callable[[Head], Head]) -> Head:
-        for _ in range(MAX_RACES + 1):
-            head = await self.head(key)
-            if not self._registry.has(head):
-                # No engine holds it, so nobody else in this process can be moving it.
-                result = (await asyncio.to_thread(self._store.commit, [Commit(change(head), head.fence)]))[0]
-                if isinstance(result, Applied):
-                    return result.head
-                continue
-            try:
-                return _head_of(await self._do(self._registry.of(head), Change, key, change))
-            except _Race:
-                continue
-        raise Problem("session_busy", "other replicas keep moving the session; try again")
+    async def feed(
+        self,
+        key: Key,
+        inputs: object,
+        opening: Opening,
+        last_only: bool,
+        alternatives: int,
+        kept: Callable[[Model], KeptAnswer] | None = None,
+    ) -> Fed:
+        """Feed a sequence: all of it or nothing; raises Race when somebody else was first."""
+        async with self.turn(key):
+            model, at = await self._open(key, opening)
+            entries = await _encode(model, inputs)
+            _bound_outputs(model, 1 if last_only else len(entries), alternatives)
+            at = await self._ready(at)
+            done = await self.do(model, Feed, at, entries, last_only, kept(model) if kept is not None else None)
+            return Fed(model, done, head_of(done))
 
-    async def feed(self, key: Key, inputs: object, opening: Opening, last_only: bool, alternatives: int) -> Fed:
-        """Feed a sequence: all of it or nothing."""
-        async with self._turn(key):
-            race: _Race | None = None
-            for _ in range(MAX_RACES + 1):
-                model, new = await self._open(key, opening)
-                entries = await _encode(model, inputs)
-                _bound_outputs(model, 1 if last_only else len(entries), alternatives)
-                try:
-                    done = await self._do(model, Feed, key, entries, last_only, new)
-                    return Fed(model, done, _head_of(done))
-                except _Race as lost:
-                    race = lost
-                    if opening.position is not None:
-                        break
-            raise moved(race.head if race is not None else None)
+    async def _ready(self, at: Head | NewSession) -> Head | NewSession:
+        """The session as it can be moved: a suspended generate with a key has left its answer."""
+        if isinstance(at, Head) and at.generation is not None and at.generation.key:
+            return await self.abandon(at)
+        return at
 
     async def generate(self, key: Key, inputs: object | None, generation: Generation, opening: Opening) -> Run:
         """Begin a generate; it goes on while somebody reads it."""
-        turn = self._turn(key)
+        turn = self.turn(key)
         await turn.__aenter__()
         try:
-            model, new = await self._open(key, opening)
+            model, at = await self._open(key, opening)
             _needs_language_model(model)
             prompt = await _encode(model, inputs) if inputs is not None else None
-            head = None if new is not None else await self.head(key)
-            seed = opening.seed if opening.seed is not None else (head.seed if head is not None else None)
-            generation = msgspec.structs.replace(generation, seed=new.seed if new is not None else seed)
-            return self._begin_run(key, model, head, turn, prompt, generation, new)
+            seed = opening.seed if opening.seed is not None else at.seed
+            at = await self._ready(at)
+            return self._begin_run(model, at, turn, prompt, msgspec.structs.replace(generation, seed=seed))
         except BaseException:
             turn.leave()
             raise
 
     def _begin_run(
         self,
-        key: Key,
         model: Model,
-        head: Head | None,
+        at: Head | NewSession,
         turn: Place,
         prompt: Array | None,
         generation: Generation,
-        new: NewSession | None = None,
         resumed: bool = False,
     ) -> Run:
+        key = at.key
+
         def on_end() -> None:
             self._runs.pop(key, None)
             turn.leave()
 
-        run = Run(model, head, on_end)
-        run.work = Generate(run.listen, key, prompt, generation, new, resumed)
+        run = Run(model, at if isinstance(at, Head) else None, on_end)
+        run.work = Generate(run.listen, at, prompt, generation, resumed)
         model.engine.submit(run.work)
         self._runs[key] = run
         return run
@@ -287,13 +324,13 @@ class Sessions:
 
     async def _resume(self, key: Key) -> Reader | None:
         """Continue a suspended generate; None when somebody else ended it while this one waited."""
-        turn = self._turn(key)
+        turn = self.turn(key)
         await turn.__aenter__()
         try:
             head = await self.head(key)
             if head.generation is not None and _unfinished(head):
-                model = self._registry.of(head)
-                return Reader(self._begin_run(key, model, head, turn, None, head.generation, resumed=True))
+                model = self.registry.of(head)
+                return Reader(self._begin_run(model, head, turn, None, head.generation, resumed=True))
         except BaseException:
             turn.leave()
             raise
@@ -307,18 +344,20 @@ class Sessions:
         resumed = run is None or (run.work is not None and run.work.resumed)
         if base is None or base.generation is None or not resumed:
             return Replay(head, [], reader, after)
-        generation = base.generation
-        end = generation.end if generation.end is not None else base.position
-        segments = await asyncio.to_thread(self._store.log, base.branch, generation.start, end)
-        model = self._registry.of(head)
-        tokens, rest = tokens_of(model, generation, segments)
+        tokens, rest = await self.logged(self.registry.of(head), base, base.generation)
         return Replay(head, [token for token in tokens if token.position > after], reader, after, rest)
+
+    async def logged(self, model: Model, head: Head, generation: Generation) -> tuple[list[Token], str]:
+        """The tokens of a generate that the log holds, and the text that was held back at its end."""
+        end = generation.end if generation.end is not None else head.position
+        segments = await asyncio.to_thread(self.store.log, head.branch, generation.start, end)
+        return tokens_of(model, generation, segments)
 
     # ------------------------------------------------------------------ upkeep
 
     async def sweep(self) -> None:
         """Expire and forget what is due, but nothing that has work under way."""
-        await asyncio.to_thread(self._store.sweep, frozenset(self._turns))
+        await asyncio.to_thread(self.store.sweep, frozenset(self._turns))
 
     def suspend_all(self) -> None:
         """Refuse new work from now on, and suspend the generates that run."""
@@ -337,33 +376,34 @@ class Sessions:
 
     # ------------------------------------------------------------------ inside
 
-    def _turn(self, key: Key, urgent: bool = False) -> Place:
+    def turn(self, key: Key, urgent: bool = False) -> Place:
+        """A place in the queue of those who want to change a session."""
         if self.draining:
             raise not_ready("the service is stopping")
         return Place(self._turns, key, self._wait_s, urgent)
 
-    async def _open(self, key: Key, opening: Opening) -> tuple[Model, NewSession | None]:
-        """The live session's model, or what a new one begins with; raises Problem when neither can be."""
-        head = await self._head(key)
+    async def _open(self, key: Key, opening: Opening) -> tuple[Model, Head | NewSession]:
+        """The live session and its model, or what a new one begins with; raises Problem when neither can be."""
+        head = await self.stored(key)
         if head is None or head.status != "live":
             if opening.model is None or opening.position not in (None, 0):
                 live(key, head)
-            return self._registry.get(opening.model or "", opening.version), self._new(key, opening)
+            return self.registry.get(opening.model or "", opening.version), self._new(key, opening)
         if opening.model not in (None, head.model) or opening.version not in (None, head.version):
             raise Problem("model_mismatch", f"session {key[1]!r} is of {head.model} version {head.version}")
         if opening.position not in (None, head.position):
             raise moved(head)
-        return self._registry.of(head), None
+        return self.registry.of(head), head
 
     def _new(self, key: Key, opening: Opening) -> NewSession:
         seed = opening.seed if opening.seed is not None else new_seed()
-        ttl_s = opening.ttl_s if opening.ttl_s is not None else self._default_ttl_s
+        ttl_s = opening.ttl_s if opening.ttl_s is not None else self.default_ttl_s
         return NewSession(key, seed, ttl_s, opening.metadata or {})
 
-    async def _do(
+    async def do(
         self, model: Model, make: Callable[Concatenate[Listener, P], Work], *args: P.args, **kwargs: P.kwargs
     ) -> Done:
-        """Submit one piece of work and await its end."""
+        """Submit one piece of work and await its end; raises Race when its commit was refused."""
 
         def made(listener: Listener) -> Work:
             return make(listener, *args, **kwargs)
@@ -396,7 +436,7 @@ def _done(event: Event) -> Done:
         case Failed(problem):
             raise problem
         case LostRace(head):
-            raise _Race(head)
+            raise Race(head)
         case _:
             raise not_ready("the work was dropped")
 
@@ -414,7 +454,8 @@ def live(key: Key, head: Head | None) -> Head:
     return head
 
 
-def _head_of(done: Done) -> Head:
+def head_of(done: Done) -> Head:
+    """The head after a piece of work on a session."""
     assert done.head is not None
     return done.head
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -24,7 +24,11 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
     models_dir: Path = Field(default=Path("models"), description="folder of the models, <name>/<version>/")
     data_dir: Path = Field(default=Path("var"), description="folder that holds the sessions")
-    store: Literal["sqlite", "memory"] = Field(default="sqlite", description="where sessions are kept")
+    store: str = Field(
+        default="sqlite",
+        pattern=r"^(sqlite|memory|(redis|rediss|unix)://.+)$",
+        description="where sessions are kept: sqlite, memory, or redis://host:port/0 for many replicas",
+    )
     durability: Literal["commit", "fsync"] = Field(
         default="commit", description="commit survives kill -9, fsync survives power loss"
     )
@@ -32,6 +36,13 @@ class Settings(BaseSettings):
     max_batch: int = Field(default=128, ge=1, le=4096, description="sessions in a batch")
     max_queue_steps: int = Field(default=1_000_000, ge=1, description="steps that may wait for one model")
     max_resident: int = Field(default=100_000, ge=1, description="sessions of one model held in memory")
+    snapshot_every: int = Field(
+        default=256, ge=8, le=10**6, description="steps from one snapshot of a session's state to the next"
+    )
+    log_retention: Annotated[int, Field(ge=8)] | Literal["all"] = Field(
+        default="all", description="steps that a session can be gone back (at least 8), or all"
+    )
+    idempotency_ttl_s: int = Field(default=86_400, ge=1, le=10**9, description="seconds that an answer's key is kept")
     session_ttl_s: int = Field(default=0, ge=0, le=10**9, description="idle seconds until a session expires, 0: never")
     session_wait_ms: int = Field(default=30_000, ge=1, description="how long an operation waits for its session")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="greatest request body")

@@ -3,9 +3,11 @@
 A row is one session's state: one array a state tensor, without the batch axis, in the manifest's order.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
@@ -14,6 +16,15 @@ from service.bundle import DTYPES, StateSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Row = tuple[Array, ...]
+
+
+class _Header(msgspec.Struct):
+    """What is read of a safetensors file's header."""
+
+    metadata: dict[str, str] = msgspec.field(name="__metadata__")
+
+
+_header = msgspec.json.Decoder(_Header)
 
 
 def initial_row(specs: Sequence[StateSpec]) -> Row:
@@ -34,9 +45,33 @@ def unstack(specs: Sequence[StateSpec], batch: Sequence[Array]) -> list[Row]:
     return [tuple(array[i].copy() for array in moved) for i in range(len(moved[0]))]
 
 
-def dump(specs: Sequence[StateSpec], row: Row) -> bytes:
+def equal(a: Row, b: Row) -> bool:
+    """Whether two rows are the same, bit for bit."""
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def finite(row: Row) -> bool:
+    """Whether every number of a row is finite."""
+    return all(bool(np.isfinite(array).all()) for array in row)
+
+
+def digest(row: Row) -> str:
+    """sha256 of a row's bytes, in the manifest's order."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in row)).hexdigest()
+
+
+def dump(specs: Sequence[StateSpec], row: Row, metadata: dict[str, str] | None = None) -> bytes:
     """A row as safetensors, one tensor a state, by the manifest's names."""
-    return safetensors.numpy.save({spec.name: array for spec, array in zip(specs, row, strict=True)})
+    return safetensors.numpy.save({spec.name: array for spec, array in zip(specs, row, strict=True)}, metadata)
+
+
+def metadata(data: bytes) -> dict[str, str]:
+    """What a safetensors file says of itself; raises ValueError when it is none."""
+    size = int.from_bytes(data[:8], "little")
+    try:
+        return _header.decode(data[8 : 8 + size]).metadata
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError("not a safetensors file with metadata") from error
 
 
 def load(specs: Sequence[StateSpec], data: bytes) -> Row:

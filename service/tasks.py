@@ -133,6 +133,12 @@ class Codec:
         """Entries from the log's bytes, [n] or [n, F]; inverse of `tobytes()`."""
         return np.frombuffer(data, self.entry_dtype).reshape(-1, *self.entry_shape)
 
+    def decode(self, entries: Array) -> list[Any]:
+        """Entries as they can be fed again: symbols, or a list of values a step."""
+        if self.symbolic:
+            return [self.manifest.symbols[i] for i in entries.tolist()]
+        return list(entries.tolist())
+
     def text(self, symbol: int) -> str:
         """A symbol as people read it."""
         return self.manifest.symbols[symbol]

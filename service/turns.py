@@ -20,7 +20,10 @@ class Turn:
 class Place:
     """A place in a session's queue, and its turn once it has come."""
 
-    def __init__(self, turns: dict[Key, Turn], key: Key, wait_s: float, urgent: bool = False) -> None:
+    def __init__(
+        self, turns: dict[Key, Turn], key: Key, wait_s: float, urgent: bool = False, what: str = "session"
+    ) -> None:
+        self._what = f"{what} {key[1]!r}"
         self._turns = turns
         self._key = key
         self._wait_s = wait_s
@@ -30,9 +33,7 @@ class Place:
     async def __aenter__(self) -> "Place":
         turn = self._turns.setdefault(self._key, Turn())
         if turn.users > MAX_WAITING and not self._urgent:
-            raise Problem(
-                "session_busy", f"{MAX_WAITING} operations wait for session {self._key[1]!r}; try again later"
-            )
+            raise Problem("session_busy", f"{MAX_WAITING} operations wait for {self._what}; try again later")
         turn.users += 1
         try:
             async with asyncio.timeout(self._wait_s):
@@ -40,7 +41,7 @@ class Place:
         except BaseException as error:
             self._release(turn)
             if isinstance(error, TimeoutError):
-                raise Problem("session_busy", f"waited {self._wait_s:g} s for session {self._key[1]!r}") from error
+                raise Problem("session_busy", f"waited {self._wait_s:g} s for {self._what}") from error
             raise
         self._turn = turn
         return self

@@ -12,10 +12,11 @@ from tiny import LETTERS
 
 from service.errors import Problem
 from service.registry import Registry
+from service.replies import MAX_RACES
 from service.run import Reader
-from service.session import MAX_RACES, Opening, Sessions
+from service.session import Opening, Sessions
 from service.settings import Settings
-from service.store.base import Commit, Generation, Head, Segment
+from service.store.base import Commit, Generation, Head, Segment, Snapshot
 from service.store.memory import MemoryStore
 from service.work.events import Event, Listener
 
@@ -33,12 +34,12 @@ class Contested(MemoryStore):
         super().__init__()
         self.races = 0
 
-    def commit(self, commits: Sequence[Commit]) -> list[Any]:
+    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Any]:
         head = super().head(KEY)
         if self.races and head is not None:
             self.races -= 1
             self.feed_one(head)
-        return list(super().commit(commits))
+        return list(super().commit(commits, snapshots))
 
     def feed_one(self, head: Head) -> None:
         segment = Segment(head.branch, head.position, 1, "fed", OTHER.to_bytes(4, "little"), "other")
@@ -84,7 +85,7 @@ def run(folder: Path, store: Contested) -> Iterator[Run]:
 
 
 async def feed(sessions: Sessions, text: str, opening: Opening = NEW) -> int:
-    return (await sessions.feed(KEY, text, opening, True, 5)).head.position
+    return (await sessions.replies.again(lambda: sessions.feed(KEY, text, opening, True, 5))).head.position
 
 
 def logged(store: MemoryStore) -> list[int]:
@@ -117,7 +118,7 @@ def test_a_feed_gives_up_after_too_many_races_and_feeds_nothing(run: Run, store:
 
     with pytest.raises(Problem) as found:
         run(work)
-    assert found.value.code == "position_mismatch"
+    assert found.value.code == "session_busy"
     assert len(logged(store)) == 2 + MAX_RACES + 1
 
 
@@ -133,24 +134,40 @@ def test_a_fenced_feed_that_loses_a_race_is_told_the_true_position(run: Run, sto
     assert len(logged(store)) == 3
 
 
-def test_a_generate_that_loses_a_race_never_runs_again(run: Run, store: Contested) -> None:
-    async def work(sessions: Sessions) -> None:
+def test_a_generate_that_loses_the_race_for_its_first_token_is_begun_again(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> Head | None:
         await feed(sessions, "ab")
         store.races = 1
-        begun = await sessions.generate(KEY, "c", GENERATION, Opening())
-        await Reader(begun).finish()
 
-    with pytest.raises(Problem) as found:
-        run(work)
-    assert found.value.code == "position_mismatch"
-    assert len(logged(store)) == 3
+        async def begin() -> Reader:
+            reader = Reader(await sessions.generate(KEY, "c", GENERATION, Opening()))
+            await reader.begun()
+            return reader
+
+        return (await (await sessions.replies.again(begin)).finish()).head
+
+    head = run(work)
+    assert head is not None and head.position == len(logged(store)) == 2 + 1 + 1 + 20
+
+
+def test_a_generate_that_loses_a_later_race_ends_where_it_stood(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> Any:  # noqa: ANN401
+        long = msgspec.structs.replace(GENERATION, max_tokens=100_000)
+        reader = Reader(await sessions.generate(KEY, "c", long, NEW))
+        await reader.begun()
+        store.races = 1
+        return (await reader.finish()), reader.run.tokens
+
+    done, tokens = run(work)
+    assert done.generation.finish_reason == "cancelled" and done.generation.end == tokens[-1].position
+    assert len(logged(store)) == 1 + len(tokens) + 1
 
 
 def test_a_change_that_loses_a_race_is_made_on_what_won(run: Run, store: Contested) -> None:
     async def work(sessions: Sessions) -> Head:
         await feed(sessions, "ab")
         store.races = 2
-        return await sessions.update(KEY, {"a": 1}, None)
+        return await sessions.replies.again(lambda: sessions.update(KEY, {"a": 1}, None))
 
     head = run(work)
     assert head.position == 4 and head.metadata == {"a": 1}
@@ -185,7 +202,7 @@ def test_a_sweep_leaves_sessions_with_work_alone(run: Run, store: Contested) -> 
         opening = Opening(model="tiny-letters", ttl_s=1)
         await sessions.create(KEY, opening)
         await sessions.create(("", "idle"), opening)
-        async with sessions._turn(KEY):
+        async with sessions.turn(KEY):
             await asyncio.sleep(1.05)
             await sessions.sweep()
             busy = await sessions.head(KEY)

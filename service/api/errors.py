@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from service.errors import ClientLeft, Problem
-from service.store.base import StoreError
+from service.store.base import StoreError, problem_of
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +28,7 @@ STATUS: dict[str, tuple[int, str]] = {
     "model_mismatch": (409, "Model mismatch"),
     "session_expired": (410, "Session expired"),
     "session_closed": (410, "Session closed"),
+    "rolled_back": (409, "Rolled back"),
     "log_truncated": (410, "Log truncated"),
     "payload_too_large": (413, "Payload too large"),
     "unsupported_media_type": (415, "Unsupported media type"),
@@ -35,6 +36,9 @@ STATUS: dict[str, tuple[int, str]] = {
     "unknown_symbol": (422, "Unknown symbol"),
     "task_mismatch": (422, "Task mismatch"),
     "empty_session": (422, "Empty session"),
+    "incompatible_version": (422, "Incompatible version"),
+    "idempotency_key_reused": (422, "Idempotency key reused"),
+    "state_mismatch": (422, "State mismatch"),
     "session_busy": (429, "Session busy"),
     "internal": (500, "Internal error"),
     "numeric_fault": (500, "Numeric fault"),
@@ -105,8 +109,9 @@ def install(app: FastAPI) -> None:
         return Response(status_code=499)
 
     async def store(_: Request, error: Exception) -> Response:
+        assert isinstance(error, StoreError)
         log.error("store_failed", error=str(error))
-        return answer(Problem("not_ready", "the store can not be used at the moment; nothing was changed"))
+        return answer(problem_of(error))
 
     async def unexpected(_: Request, error: Exception) -> Response:
         log.exception("request_failed", exc_info=error)

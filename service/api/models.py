@@ -1,12 +1,24 @@
 """Routes of models: what is served, and whole sequences without a session."""
 
+import asyncio
+from dataclasses import asdict
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from service.api.requests import Strict, Version, body_of, read, sessions_of, while_connected
+from service.api.requests import (
+    KEY_PARAMETER,
+    Strict,
+    Version,
+    body_of,
+    keyed_of,
+    read,
+    replay_body,
+    sessions_of,
+    while_connected,
+)
 from service.api.responses import BODY_ERRORS, JsonResponse, described
 from service.bundle import Manifest
 from service.errors import invalid
@@ -45,6 +57,24 @@ async def get_model(request: Request, model: str) -> Response:
 
 
 @router.post(
+    "/reload",
+    openapi_extra=KEY_PARAMETER,
+    responses=described(200, "what has changed, as name/version", "Reloaded"),
+)
+async def reload(request: Request) -> Response:
+    """Look at the models folder again: new versions are loaded, sessions stay on theirs until they are migrated."""
+    registry: Registry = request.app.state.registry
+    replies, keyed = sessions_of(request).replies, keyed_of(request, "")
+
+    async def fresh() -> Response:
+        answer = JsonResponse(asdict(await asyncio.to_thread(registry.reload)))
+        await replies.keep(keyed, bytes(answer.body))
+        return answer
+
+    return await replies.once(keyed, fresh, replay_body)
+
+
+@router.post(
     "/{model}/predict",
     openapi_extra=body_of(PredictBody, temperatures={"sequences": [[35, 32, 45, 48, 41, 39, 36]]}),
     responses=described(
@@ -54,15 +84,22 @@ async def get_model(request: Request, model: str) -> Response:
 async def predict(request: Request, model: str) -> Response:
     """Run whole sequences from an empty memory; nothing is kept."""
     body = await read(request, PredictBody)
-    loaded: Model = request.app.state.registry.get(model, body.version)
+    replies, keyed = sessions_of(request).replies, keyed_of(request, "", body)
+
+    async def fresh() -> Response:
+        answer = JsonResponse(await _predict(request, request.app.state.registry.get(model, body.version), body))
+        await replies.keep(keyed, bytes(answer.body))
+        return answer
+
+    return await while_connected(request, replies.once(keyed, fresh, replay_body))
+
+
+async def _predict(request: Request, loaded: Model, body: PredictBody) -> dict[str, Any]:
     codec = loaded.engine.codec
     entries = [codec.encode(sequence, f"/sequences/{i}") for i, sequence in enumerate(body.sequences)]
     _bound(loaded, len(entries) if body.predictions == "last" else sum(map(len, entries)), body)
-    work = sessions_of(request).predict(loaded, entries, body.predictions == "last")
-    outcomes = await while_connected(request, work)
-    return JsonResponse(
-        {"predictions": [_shown(loaded, e, done, body) for e, done in zip(entries, outcomes, strict=True)]}
-    )
+    outcomes = await sessions_of(request).predict(loaded, entries, body.predictions == "last")
+    return {"predictions": [_shown(loaded, e, done, body) for e, done in zip(entries, outcomes, strict=True)]}
 
 
 def _bound(model: Model, shown: int, body: PredictBody) -> None:

@@ -45,7 +45,7 @@ async def readyz(request: Request) -> Response:
             for m in state.registry
             if not m.runner.batches_exactly
         ],
-        "store": {"kind": state.settings.store, "durability": state.store.durability},
+        "store": {"kind": state.settings.store.partition(":")[0], "durability": state.store.durability},
     }
     headers = {"Retry-After": str(RETRY_AFTER_S)} if problems else None
     return JsonResponse(body, 503 if problems else 200, headers)

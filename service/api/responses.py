@@ -1,6 +1,6 @@
 """Answers: JSON written by msgspec, and what the OpenAPI page says of them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import Response
@@ -10,6 +10,9 @@ from service.api.errors import STATUS
 
 ERRORS = ("session_not_found", "session_expired", "session_closed", "session_busy", "overloaded", "invalid_input")
 
+
+ALWAYS = ("bad_request", "invalid_input", "not_ready", "rolled_back", "idempotency_key_reused", "commit_unknown")
+"""what any route of a session may answer"""
 
 BODY_ERRORS = ("payload_too_large", "unsupported_media_type")
 """what a route that takes a body may answer besides"""
@@ -145,6 +148,42 @@ class State(BaseModel):
     state: dict[str, list[Any]]
 
 
+class LogEntry(BaseModel):
+    """One input, as it can be fed again."""
+
+    position: int
+    input: Any
+    source: Literal["fed", "generated"]
+    at: str
+
+
+class Log(BaseModel):
+    """A page of a session's log."""
+
+    data: list[LogEntry]
+    next_cursor: int | None
+
+
+class Verified(BaseModel):
+    """Whether a memory is what its log says; null when nothing could be compared."""
+
+    verified: bool | None
+    from_position: int
+    to_position: int
+    state_sha256: str
+    reason: Literal["nothing_to_compare", "numerics_changed"] | None = None
+    differs_at: int | None = None
+
+
+class Reloaded(BaseModel):
+    """What a look at the models folder has changed, as name/version."""
+
+    loaded: list[str]
+    unloaded: list[str]
+    kept: list[str]
+    skipped: dict[str, str]
+
+
 class Predictions(BaseModel):
     """One list of predictions a sequence."""
 
@@ -191,7 +230,20 @@ class ErrorDocument(BaseModel):
 
 _SCHEMAS: dict[str, type[BaseModel]] = {
     model.__name__: model
-    for model in (Session, SessionList, Steps, Generated, Forecast, State, Predictions, ModelCard, ModelList)
+    for model in (
+        Session,
+        SessionList,
+        Steps,
+        Generated,
+        Forecast,
+        State,
+        Log,
+        Verified,
+        Predictions,
+        ModelCard,
+        ModelList,
+        Reloaded,
+    )
 }
 
 
@@ -205,7 +257,7 @@ def described(
     if streams:
         found[status]["content"] = {"text/event-stream": {"schema": {"type": "string"}, "example": STREAM_EXAMPLE}}
     by_status: dict[int, list[str]] = {}
-    for code in sorted({*codes, "bad_request", "invalid_input", "not_ready"}):
+    for code in sorted({*codes, *ALWAYS}):
         by_status.setdefault(STATUS[code][0], []).append(code)
     for error_status, error_codes in by_status.items():
         found[error_status] = {

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 
 from service.api.requests import (
+    KEY_PARAMETER,
     SESSION_ID,
     ModelName,
     Position,
@@ -22,17 +23,23 @@ from service.api.requests import (
     Ttl,
     Version,
     body_of,
+    history_of,
     key_of,
+    keyed_of,
     read,
+    replay_body,
+    replayed,
     sessions_of,
     while_connected,
 )
 from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.errors import Problem, invalid
-from service.session import MANY, Fed, Opening
-from service.store.base import Head
+from service.registry import Model
+from service.session import MANY, Fed, Opening, Sessions, head_of
+from service.store.base import Head, Key, Reply
 from service.tasks import Codec
 from service.work.events import Done
+from service.work.feed import KeptAnswer
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
@@ -95,10 +102,14 @@ class ForecastBody(Strict):
 async def create(request: Request) -> Response:
     """Create a session at position 0."""
     body = await read(request, CreateBody)
-    session_id = body.id if body.id is not None else new_id()
+    keyed = keyed_of(request, "", body)
     opening = Opening(body.model, body.version, body.seed, ttl_s=body.ttl_s, metadata=_checked_metadata(body.metadata))
-    head = await sessions_of(request).create(key_of(session_id), opening)
-    return JsonResponse(session(head), 201, {"Location": f"/v1/sessions/{head.id}"})
+
+    async def fresh() -> Response:
+        key = key_of(body.id if body.id is not None else new_id())
+        return created(await sessions_of(request).create(key, opening, keyed))
+
+    return await while_connected(request, sessions_of(request).replies.once(keyed, fresh, replay_created))
 
 
 @router.get("", responses=described(200, "a page of live sessions, ordered by id", "SessionList"))
@@ -130,21 +141,41 @@ async def update(request: Request, session_id: SessionId) -> Response:
     """Change a session's metadata or time to live."""
     body = await read(request, UpdateBody)
     metadata = _checked_metadata(body.metadata)
-    work = sessions_of(request).update(key_of(session_id), metadata, body.ttl_s)
-    return JsonResponse(session(await while_connected(request, work)))
+    sessions = sessions_of(request)
+
+    async def fresh() -> Head:
+        return await sessions.update(key_of(session_id), metadata, body.ttl_s)
+
+    return JsonResponse(session(await while_connected(request, sessions.replies.again(fresh))))
 
 
 @router.delete("/{session_id}", status_code=204, responses=described(204, "it is closed", None, "session_not_found"))
-async def delete(request: Request, session_id: SessionId) -> Response:
-    """Close a session, also when it is closed already."""
-    await sessions_of(request).delete(key_of(session_id))
+async def delete(
+    request: Request,
+    session_id: SessionId,
+    forks: Annotated[
+        Literal["keep", "delete"], Query(description="delete: those forked from it are closed too")
+    ] = "keep",
+) -> Response:
+    """Close a session, also when it is closed already; what a fork still reaches stays."""
+    sessions = sessions_of(request)
+    await sessions.replies.again(lambda: sessions.delete(key_of(session_id), forks == "delete"))
     return Response(status_code=204)
 
 
-@router.post("/{session_id}/cancel", responses=described(200, "the session", "Session", *ERRORS))
+@router.post(
+    "/{session_id}/cancel", openapi_extra=KEY_PARAMETER, responses=described(200, "the session", "Session", *ERRORS)
+)
 async def cancel(request: Request, session_id: SessionId) -> Response:
     """End a running or suspended generate where it stands."""
-    return JsonResponse(session(await sessions_of(request).cancel(key_of(session_id))))
+    sessions, keyed = sessions_of(request), keyed_of(request, session_id)
+
+    async def fresh() -> Response:
+        answer = JsonResponse(session(await sessions.cancel(key_of(session_id))))
+        await sessions.replies.keep(keyed, bytes(answer.body))
+        return answer
+
+    return await sessions.replies.once(keyed, fresh, replay_body)
 
 
 @router.post(
@@ -162,19 +193,44 @@ async def cancel(request: Request, session_id: SessionId) -> Response:
 async def steps(request: Request, session_id: SessionId) -> Response:
     """Feed a sequence; all of it is kept, or nothing."""
     body = await read(request, StepsBody)
+    sessions, keyed = sessions_of(request), keyed_of(request, session_id, body)
     opening = Opening(body.model, body.version, body.seed, body.position)
     last_only = body.predictions != "all"
-    work = sessions_of(request).feed(key_of(session_id), body.inputs, opening, last_only, body.alternatives)
-    fed = await while_connected(request, work)
-    if body.predictions == "all" and len(fed.done.entries) > MANY:
-        return JsonResponse(await asyncio.to_thread(steps_answer, fed, body))
-    return JsonResponse(steps_answer(fed, body))
+
+    def kept(model: Model) -> KeptAnswer:
+        assert keyed is not None
+        return KeptAnswer(keyed, lambda done: steps_answer(Fed(model, done, head_of(done)), body))
+
+    async def fresh() -> Response:
+        keeping = kept if keyed is not None else None
+        key = key_of(session_id)
+        fed = await sessions.feed(key, body.inputs, opening, last_only, body.alternatives, keeping)
+        if body.predictions == "all" and len(fed.done.entries) > MANY:
+            return JsonResponse(await asyncio.to_thread(steps_answer, fed, body))
+        return JsonResponse(steps_answer(fed, body))
+
+    async def replay(reply: Reply) -> Response:
+        return await replay_steps(request, reply, body)
+
+    return await while_connected(request, sessions.replies.once(keyed, fresh, replay))
+
+
+async def replay_steps(request: Request, reply: Reply, body: StepsBody) -> Response:
+    """The kept answer to a feed; a long one is worked out again from the log."""
+    if reply.kind == "body":
+        return await replay_body(reply)
+    answer = msgspec.json.decode(reply.body)
+    count = reply.end - reply.start if body.predictions == "all" else 1
+    model, done = await history_of(request).outputs(key_of(reply.scope), reply, reply.end, count)
+    head = msgspec.structs.replace(head_of(done), position=reply.end)
+    answer["predictions"] = await asyncio.to_thread(predictions, Fed(model, done, head), body.alternatives)
+    return replayed(JsonResponse(answer))
 
 
 def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
     """The answer to a feed."""
     answer: dict[str, Any] = {
-        **_where(fed.head),
+        **where(fed.head),
         "steps": len(fed.done.entries),
     }
     if fed.done.created:
@@ -199,25 +255,31 @@ def predictions(fed: Fed, alternatives: int) -> list[dict[str, Any]]:
 async def forecast(request: Request, session_id: SessionId) -> Response:
     """Roll the session forward on its own predictions; the session does not change."""
     body = await read(request, ForecastBody)
-    sessions = sessions_of(request)
-    key = key_of(session_id)
+    sessions, keyed = sessions_of(request), keyed_of(request, session_id, body)
+
+    async def fresh() -> Response:
+        answer = JsonResponse(await _forecast(sessions, key_of(session_id), body))
+        await sessions.replies.keep(keyed, bytes(answer.body))
+        return answer
+
+    return await while_connected(request, sessions.replies.once(keyed, fresh, replay_body))
+
+
+async def _forecast(sessions: Sessions, key: Key, body: ForecastBody) -> dict[str, Any]:
     manifest = sessions.model_of(await sessions.head(key)).bundle.manifest
     if manifest.task != "forecaster":
         raise Problem("task_mismatch", f"{manifest.name} is a {manifest.task}: forecast is for forecasters")
     if body.horizon * body.samples > MAX_SAMPLED_STEPS:
         raise invalid(f"horizon times samples is at most {MAX_SAMPLED_STEPS}", "/samples")
     levels = _levels(body, manifest.quantiles)
-    model, done, paths = await while_connected(
-        request, sessions.forecast(key, body.horizon, body.future, body.samples, body.seed)
-    )
-    assert done.head is not None
+    model, done, paths = await sessions.forecast(key, body.horizon, body.future, body.samples, body.seed)
     steps = [_forecast_step(model.engine.codec, done, i) for i in range(body.horizon)]
     for step in steps:
         if "quantiles" in step:
             step["quantiles"] = {str(level): step["quantiles"][str(level)] for level in levels if not paths}
     if paths:
         _lay_sampled_quantiles(steps, paths, levels, [target.name for target in manifest.targets])
-    return JsonResponse({**_where(done.head), "forecast": steps})
+    return {**where(head_of(done)), "forecast": steps}
 
 
 def _levels(body: ForecastBody, own: tuple[float, ...]) -> list[float]:
@@ -248,21 +310,29 @@ def _lay_sampled_quantiles(
         }
 
 
-@router.get("/{session_id}/state", responses=described(200, "the state, by the manifest's names", "State", *ERRORS))
-async def state(request: Request, session_id: SessionId) -> Response:
-    """Look at the memory itself: the state after the newest committed entry."""
-    model, done = await while_connected(request, sessions_of(request).state(key_of(session_id)))
-    assert done.head is not None
-    arrays = {spec.name: array.tolist() for spec, array in zip(model.bundle.manifest.states, done.row, strict=True)}
-    return JsonResponse({**_where(done.head), "state": arrays})
-
-
 # ---------------------------------------------------------------------- formats
 
 
-def _where(head: Head) -> dict[str, Any]:
+def where(head: Head) -> dict[str, Any]:
     """Which session, and where it stands."""
     return {"session": head.id, "epoch": head.epoch, "position": head.position}
+
+
+def created(head: Head) -> Response:
+    """The answer to what made a session."""
+    return JsonResponse(session(head), 201, {"Location": f"/v1/sessions/{head.id}"})
+
+
+async def replay_created(reply: Reply) -> Response:
+    """The kept answer of a request that made a session."""
+    assert reply.head is not None
+    return replayed(created(reply.head))
+
+
+async def replay_session(reply: Reply) -> Response:
+    """The kept answer of a request that was answered with the session."""
+    assert reply.head is not None
+    return replayed(JsonResponse(session(reply.head)))
 
 
 def session(head: Head) -> dict[str, Any]:
@@ -278,7 +348,7 @@ def session(head: Head) -> dict[str, Any]:
         "updated_at": timestamp(head.updated_ms),
         "expires_at": timestamp(head.expires_ms) if head.expires_ms is not None else None,
         "metadata": head.metadata,
-        "parent": msgspec.to_builtins(head.parent) if head.parent is not None else None,
+        "parent": {"session": of.session, "position": of.position} if (of := head.parent) is not None else None,
         "state_bytes": head.state_bytes,
     }
 

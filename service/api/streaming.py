@@ -5,7 +5,10 @@ the last id would otherwise take a ping for an empty event.
 """
 
 import asyncio
+import hashlib
 import re
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -22,22 +25,32 @@ from service.api.requests import (
     Version,
     body_of,
     check_max_tokens,
+    history_of,
     key_of,
+    keyed_of,
     read,
+    replay_body,
+    replayed,
     sessions_of,
     while_connected,
 )
 from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.api.sessions import SessionId
 from service.errors import Problem, invalid
-from service.run import Reader, Run
+from service.run import Reader, Replay, Run
+from service.sampling import MAX_SEED
 from service.session import Opening, new_seed
-from service.store.base import Generation
-from service.work.events import Done, Token
+from service.store.base import Generation, Head, Reply
+from service.work.events import Token
+from service.work.feed import Keyed
 
 router = APIRouter(prefix="/v1", tags=["generate"])
 
+Rest = Callable[[], Awaitable[Response]]
+"""what is left to do for an answer"""
+
 PING_S = 15.0
+MAX_JOINS = 4
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 _EVENT_ID = re.compile(r"^([0-9]{1,15})\.([0-9]{1,16})(-end)?$")
@@ -67,7 +80,7 @@ class SessionGenerateBody(GenerateBody):
     model: ModelName | None = None
 
 
-def generation_of(body: GenerateBody) -> Generation:
+def generation_of(body: GenerateBody, keyed: Keyed | None = None) -> Generation:
     """A generate's parameters as they are committed."""
     return Generation(
         start=0,
@@ -79,6 +92,8 @@ def generation_of(body: GenerateBody) -> Generation:
         seed=0,
         stop=tuple(body.stop),
         logprobs=body.logprobs or 0,
+        key=keyed.key if keyed is not None else "",
+        digest=keyed.digest if keyed is not None else b"",
     )
 
 
@@ -102,10 +117,23 @@ async def generate(request: Request, session_id: SessionId) -> Response:
     """Draw tokens and go on remembering; with `stream` each is sent as soon as it is committed."""
     body = await read(request, SessionGenerateBody)
     check_max_tokens(request, body.max_tokens)
+    sessions, keyed = sessions_of(request), keyed_of(request, session_id, body, "stream")
     opening = Opening(body.model, body.version, body.seed, body.position)
-    work = sessions_of(request).generate(key_of(session_id), body.inputs, generation_of(body), opening)
-    run = await while_connected(request, work)
-    return await answer(request, run, body, session_id)
+
+    async def fresh() -> Rest:
+        generation = generation_of(body, keyed)
+        run = await sessions.generate(key_of(session_id), body.inputs, generation, opening)
+        return partial(answer, await begun(run), body, session_id)
+
+    async def replay(reply: Reply) -> Rest:
+        return partial(replay_generate, request, reply, body)
+
+    async def work() -> Response:
+        # Once its first token is committed, others with the same key need not wait for it: they join.
+        rest = await sessions.replies.once(keyed, fresh, replay)
+        return await rest()
+
+    return await while_connected(request, work())
 
 
 @router.post(
@@ -122,44 +150,135 @@ async def generate(request: Request, session_id: SessionId) -> Response:
     ),
 )
 async def generate_alone(request: Request, model: str) -> Response:
-    """Generate without a session: nothing is kept."""
+    """Generate without a session: nothing is kept, except an answer in JSON under its request's key."""
     body = await read(request, GenerateBody)
     check_max_tokens(request, body.max_tokens)
-    loaded = request.app.state.registry.get(model, body.version)
-    seed = body.seed if body.seed is not None else new_seed()
-    generation = msgspec.structs.replace(generation_of(body), seed=seed)
-    run = await sessions_of(request).generate_alone(loaded, body.inputs, generation)
-    return await answer(request, run, body, None)
+    replies, keyed = sessions_of(request).replies, keyed_of(request, "", body)
+
+    async def fresh() -> Response:
+        loaded = request.app.state.registry.get(model, body.version)
+        generation = msgspec.structs.replace(generation_of(body), seed=_seed(body, keyed))
+        run = await sessions_of(request).generate_alone(loaded, body.inputs, generation)
+        found = await answer(await begun(run), body, None)
+        if not body.stream:
+            await replies.keep(keyed, bytes(found.body))
+        return found
+
+    return await while_connected(request, replies.once(keyed, fresh, replay_body))
 
 
-async def answer(request: Request, run: Run, body: GenerateBody, session_id: str | None) -> Response:
-    """A run as JSON, or as a stream once it is known not to fail at once."""
+def _seed(body: GenerateBody, keyed: Keyed | None) -> int:
+    """The seed asked for; else one of the request's own key, so that a long text that is not kept comes again."""
+    if body.seed is not None:
+        return body.seed
+    if keyed is None:
+        return new_seed()
+    return int.from_bytes(hashlib.sha256(keyed.digest + keyed.key.encode()).digest()[:8]) % (MAX_SEED + 1)
+
+
+async def begun(run: Run) -> Reader:
+    """A reader of a run that is known not to fail at once."""
     reader = Reader(run)
     try:
-        if body.stream:
-            await while_connected(request, reader.begun())
-            return EventStream(b"", reader)
-        done = await while_connected(request, reader.finish())
+        await reader.begun()
     except BaseException:
         reader.close()
         raise
-    reader.close()
-    return JsonResponse(_generated(run, done, body, session_id))
+    return reader
 
 
-def _generated(run: Run, done: Done, body: GenerateBody, session_id: str | None) -> dict[str, Any]:
+async def answer(reader: Reader, body: GenerateBody, session_id: str | None) -> Response:
+    """A run as a stream, or as JSON at its end."""
+    if body.stream:
+        return EventStream(b"", reader)
+    try:
+        done = await reader.finish()
+    finally:
+        reader.close()
+    tokens = reader.run.tokens
+    assert done.generation is not None
+    text = "".join(token.text for token in tokens) + done.rest
+    return JsonResponse(_generated(session_id, done.head, done.created, text, tokens, done.generation, body))
+
+
+def _generated(
+    session_id: str | None,
+    head: Head | None,
+    created: bool,
+    text: str,
+    tokens: Sequence[Token],
+    generation: Generation,
+    body: GenerateBody,
+) -> dict[str, Any]:
     found: dict[str, Any] = {"session": session_id} if session_id is not None else {}
-    if done.head is not None:
-        found |= {"epoch": done.head.epoch, "position": done.head.position}
-    if done.created:
+    if head is not None:
+        found |= {"epoch": head.epoch, "position": head.position}
+    if created:
         found["created"] = True
-    found["text"] = "".join(token.text for token in run.tokens) + done.rest
-    found["tokens"] = [token.token for token in run.tokens]
+    found["text"] = text
+    found["tokens"] = [token.token for token in tokens]
     if body.logprobs is not None:
         found["logprobs"] = [
-            {"token": t.token, "logprob": t.logprob, "alternatives": t.alternatives or []} for t in run.tokens
+            {"token": t.token, "logprob": t.logprob, "alternatives": t.alternatives or []} for t in tokens
         ]
-    return found | _ending(done.generation, len(run.tokens))
+    return found | _ending(generation, len(tokens))
+
+
+# ---------------------------------------------------------------------- answered before
+
+
+async def replay_generate(request: Request, reply: Reply, body: GenerateBody) -> Response:
+    """What a generate has made; one that runs or is suspended is joined and goes on to its end."""
+    kept: Reply | None = reply
+    for _ in range(MAX_JOINS):
+        if kept is None or not kept.pending:
+            break
+        joined = await _join(request, kept)
+        if joined is not None and body.stream:
+            return replayed(await stream(joined))
+        if joined is not None and joined.reader is not None:
+            try:
+                await joined.reader.finish()
+            finally:
+                joined.reader.close()
+        # At its end, by its own last commit or by who has ended it, the whole answer is stored.
+        kept = await sessions_of(request).replies.find(key_of(reply.scope), reply.key)
+    if kept is None or kept.pending or kept.generation is None or kept.head is None:
+        raise Problem("log_truncated", "what the generate made is not in the log any more")
+    return replayed(await _replay_ended(request, kept, kept.head, kept.generation, body))
+
+
+async def _join(request: Request, reply: Reply) -> Replay | None:
+    """A reader of the generate that a pending reply is about; None when the session has gone on from it."""
+    sessions, key = sessions_of(request), key_of(reply.scope)
+    head = await sessions.stored(key)
+    if head is None or head.status != "live" or not _is_about(head, reply):
+        return None
+    joined = await sessions.events(key, head.epoch, reply.start)
+    if joined is None or _is_about(joined.head, reply):
+        return joined
+    if joined.reader is not None:
+        joined.reader.close()
+    return None
+
+
+def _is_about(head: Head, reply: Reply) -> bool:
+    return head.generation is not None and head.generation.key == reply.key
+
+
+async def _replay_ended(
+    request: Request, reply: Reply, head: Head, generation: Generation, body: GenerateBody
+) -> Response:
+    history = history_of(request)
+    tokens, rest = await history.tokens(key_of(reply.scope), reply, generation)
+    if body.stream:
+        blocks = b"".join(_token_block(head.epoch, token) for token in tokens)
+        return EventStream(blocks + _done_block(head.epoch, generation, rest))
+    if body.logprobs:
+        tokens = await history.with_alternatives(key_of(reply.scope), reply, tokens, body.logprobs)
+    text = "".join(token.text for token in tokens) + rest
+    at = msgspec.structs.replace(head, position=generation.end or head.position)
+    return JsonResponse(_generated(reply.scope, at, generation.created, text, tokens, generation, body))
 
 
 def _ending(generation: Generation | None, tokens: int) -> dict[str, Any]:
@@ -183,13 +302,21 @@ async def events(
     if ended:
         await sessions_of(request).head(key_of(session_id))
         return Response(status_code=204)
-    replay = await while_connected(request, sessions_of(request).events(key_of(session_id), epoch, position))
-    if replay is None:
-        return Response(status_code=204)
+    sessions = sessions_of(request)
+
+    async def rest() -> Response:
+        replay = await sessions.events(key_of(session_id), epoch, position)
+        return await stream(replay) if replay is not None else Response(status_code=204)
+
+    return await while_connected(request, sessions.replies.again(rest))
+
+
+async def stream(replay: Replay) -> Response:
+    """A replay as a stream, once it is known not to fail at once."""
     blocks = b"".join(_token_block(replay.head.epoch, token) for token in replay.tokens)
     if replay.reader is not None:
         try:
-            await while_connected(request, replay.reader.begun())
+            await replay.reader.begun()
         except BaseException:
             replay.reader.close()
             raise

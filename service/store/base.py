@@ -1,8 +1,10 @@
-"""The store's protocol: heads, log segments and snapshots, written by compare-and-set group commits.
+"""The store's protocol: heads, log segments, snapshots and kept answers, written by compare-and-set group commits.
 
-A session is a log and a head that points into it. The log is a tree of branches, entries are immutable, and a
-commit appends to one branch and moves one head. A commit holds when the live head still stands at the expected
-(epoch, position); in a group commit every session gets a result of its own, and a loser rolls nobody else back.
+A session is a log and a head that points into it. The log is a tree of branches: entries are immutable and belong
+to a branch, and a branch says which part of which older branches comes before its own entries. A commit appends to
+one branch and moves one head; rewind and fork begin a branch and copy nothing. A commit holds when the live head is
+still the one that it follows; in a group commit every session gets a result of its own, and a loser rolls nobody
+else back. The answer to a request with a key is kept in the commit that the request made.
 """
 
 import secrets
@@ -12,11 +14,23 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-SCHEMA_VERSION = 1
+from service.errors import Problem, not_ready
+
+SCHEMA_VERSION = 2
 TOMBSTONE_TTL_S = 7 * 24 * 3600
+REPLIES_KEPT = 256
+TENANT_REPLIES_KEPT = 65_536
+SNAPSHOTS_KEPT = 4
+SNAPSHOT_SPACING = 4096
 
 Key = tuple[str, str]
 """(tenant, session id); the tenant is "" until keys are switched on."""
+
+Line = tuple[tuple[str, int], ...]
+"""A branch's ancestors, oldest first: (branch, the last position that is taken from it), positions growing."""
+
+Fence = tuple[int, int, bytes]
+"""(epoch, position, commit id) of a head: what a commit on top of it expects."""
 
 
 class StoreError(Exception):
@@ -25,6 +39,32 @@ class StoreError(Exception):
 
 class CommitUnknown(StoreError):
     """It is not known whether a commit was applied: the store could not be read after it failed."""
+
+
+class RolledBack(StoreError):
+    """The store came back older than what this process had acknowledged of a session; raised once."""
+
+    def __init__(self, acknowledged: tuple[int, int], found: tuple[int, int] | None) -> None:
+        super().__init__("the store came back older than what was acknowledged")
+        self.acknowledged = acknowledged
+        """(epoch, position) that was acknowledged"""
+        self.found = found
+        """(epoch, position) that the store has; None: the session is not there"""
+
+
+def problem_of(error: StoreError) -> Problem:
+    """What a client is told when the store failed."""
+    if isinstance(error, RolledBack):
+        (epoch, position), found = error.acknowledged, error.found
+        return Problem(
+            "rolled_back",
+            "the store came back older than what was acknowledged: the session stands at an earlier position",
+            acknowledged={"epoch": epoch, "position": position},
+            found={"epoch": found[0], "position": found[1]} if found is not None else None,
+        )
+    if isinstance(error, CommitUnknown):
+        return Problem("commit_unknown", "it is not known whether the change was stored: read the session")
+    return not_ready("the store can not be used at the moment; nothing was changed")
 
 
 class Generation(msgspec.Struct, frozen=True, array_like=True):
@@ -43,6 +83,12 @@ class Generation(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: Literal["length", "stop", "cancelled"] | None = None
     end: int | None = None
     """position of the last token, once it is finished"""
+    key: str = ""
+    """the request's idempotency key, if it had one"""
+    digest: bytes = b""
+    """of that request"""
+    created: bool = False
+    """whether it began the session"""
 
 
 class Parent(msgspec.Struct, frozen=True, array_like=True):
@@ -50,6 +96,8 @@ class Parent(msgspec.Struct, frozen=True, array_like=True):
 
     session: str
     position: int
+    life: int = 0
+    """the epoch that the parent's life began with"""
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
@@ -73,6 +121,10 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     commit_id: bytes = b""
     generation: Generation | None = None
     state_bytes: int = 0
+    life: int = 0
+    """the epoch that this life began with"""
+    origin: int = 0
+    """the log holds positions origin + 1 to position; above 0 there is a snapshot at it"""
 
     @property
     def key(self) -> Key:
@@ -80,9 +132,9 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
         return (self.tenant, self.id)
 
     @property
-    def fence(self) -> tuple[int, int]:
-        """(epoch, position): what a commit on top of this head expects."""
-        return (self.epoch, self.position)
+    def fence(self) -> Fence:
+        """What a commit on top of this head expects."""
+        return (self.epoch, self.position, self.commit_id)
 
     @property
     def expires_ms(self) -> int | None:
@@ -124,16 +176,69 @@ class Snapshot(msgspec.Struct, frozen=True, array_like=True):
     position: int
     numerics: str
     data: bytes
+    graph: str = ""
+    """sha256 of the graph whose state it is"""
+
+
+class Branch(msgspec.Struct, frozen=True, array_like=True):
+    """A branch that does not begin a log: where its past is found."""
+
+    id: str
+    line: Line
+
+
+class Source(msgspec.Struct, frozen=True, array_like=True):
+    """The session that a fork leaves: it must still live in this epoch when the fork is committed."""
+
+    id: str
+    epoch: int
+    branch: str
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True):
+    """What a request with an idempotency key was answered."""
+
+    scope: str
+    """the session's id; "" for the tenant's own keys"""
+    key: str
+    digest: bytes
+    """of the request: another request with the same key is refused"""
+    kind: Literal["body", "session", "feed", "generate"]
+    at_ms: int = 0
+    life: int = 0
+    """of the session that it belongs to"""
+    body: bytes = b""
+    """kind body: the answer as JSON; kind feed: without its predictions; kind generate: the tokens' alternatives"""
+    head: Head | None = None
+    """kinds session and generate: the head as it was committed; filled in by the store"""
+    branch: str = ""
+    start: int = 0
+    end: int = 0
+    """kinds feed and generate: the answer is worked out again from entries start + 1 to end of the branch"""
+    generation: Generation | None = None
+    segments: tuple[Segment, ...] = ()
+    """kind generate: the tokens themselves, where they are few; else the log has them"""
+    pending: bool = False
+    """the generate is not at its end yet: the session's head says how far it is"""
+    graph: str = ""
+    """kinds feed and generate: sha256 of the graph that answered"""
 
 
 class Commit(msgspec.Struct, frozen=True, array_like=True):
     """One session's part of a group commit."""
 
     head: Head
-    expected: tuple[int, int] | None
-    """(epoch, position) of the live head; None: the id must not live"""
+    expected: Fence | None
+    """the fence of the live head; None: the id must not live"""
     segments: tuple[Segment, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
+    branch: Branch | None = None
+    """the head's branch, where this commit begins it after others"""
+    source: Source | None = None
+    reply: Reply | None = None
+    """refused as a conflict when the key is taken, unless it is the pending reply of the head's own generate"""
+    left: str = ""
+    """the branch that the session was on before, if another; filled in by the store"""
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -154,13 +259,26 @@ Result = Applied | Conflict
 class Store(Protocol):
     """What every store does. Methods may be called from any thread; none of them knows HTTP."""
 
-    durability: str
+    @property
+    def durability(self) -> str:
+        """What an acknowledged commit survives."""
 
-    def commit(self, commits: Sequence[Commit]) -> list[Result]:
+    @property
+    def run(self) -> str:
+        """Names the store's run: what was read in another run may be ahead of what it holds."""
+
+    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         """Apply a group commit; returns one result a commit, in order.
 
+        `snapshots` are written beside it without a condition: they repeat what the log says of a committed position.
         Raises StoreError when nothing was applied, CommitUnknown when that can not be told.
         """
+
+    def keep(self, tenant: str, reply: Reply) -> bool:
+        """Keep the answer of a request that committed nothing; False: its key is taken."""
+
+    def reply(self, tenant: str, scope: str, key: str) -> Reply | None:
+        """The answer kept under a key in the session's latest life, or in the tenant's own keys (scope "")."""
 
     def head(self, key: Key, at_ms: int | None = None) -> Head | None:
         """The head of a session, also of a closed or expired one while its tombstone lasts.
@@ -168,14 +286,26 @@ class Store(Protocol):
         Whether it is expired is judged at `at_ms`, by default now.
         """
 
-    def log(self, branch: str, after: int, to: int) -> list[Segment]:
-        """The segments that hold positions after + 1 to `to`, in order, cut to that range."""
+    def line(self, branch: str) -> Line:
+        """What comes before a branch's own entries; () for one that begins a log, or is not known."""
 
-    def snapshot(self, branch: str, below: int) -> Snapshot | None:
-        """The newest snapshot at a position less than `below`."""
+    def log(self, branch: str, after: int, to: int) -> list[Segment]:
+        """The segments that hold positions after + 1 to `to` of a branch and its past, in order, cut to that range."""
+
+    def snapshot(self, branch: str, below: int, graph: str) -> Snapshot | None:
+        """The newest snapshot of a graph's state at a position less than `below`, of a branch or its past."""
+
+    def snapshots(self, branch: str, after: int, to: int, graph: str) -> list[int]:
+        """Positions after + 1 to `to` at which there are snapshots, of a branch and its past, in order."""
 
     def heads(self, tenant: str, model: str | None, after: str, limit: int) -> list[Head]:
         """Live sessions whose id is greater than `after`, ordered by id."""
+
+    def forks(self, key: Key, life: int) -> list[str]:
+        """Ids of the live sessions that were forked from that life of a session."""
+
+    def lives(self, model: str, version: int) -> bool:
+        """Whether any session of a model version lives."""
 
     def next_epoch(self, key: Key) -> int:
         """An epoch that this id has never had."""
@@ -200,25 +330,91 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def stamp(commit: Commit, live: Head | None, now: int) -> Commit:
-    """The commit with the store's times and a fresh commit id; `live` is the head it follows."""
+def stamp(commit: Commit, stored: Head | None, now: int) -> Commit:
+    """The commit with the store's times and a fresh commit id; `stored` is the head that it takes the place of."""
+    born = commit.expected is None or stored is None
+    if stored is not None and not born:
+        now = max(now, stored.updated_ms)  # a clock that was set back does not make a session younger
     head = msgspec.structs.replace(
         commit.head,
-        created_ms=now if commit.expected is None or live is None else live.created_ms,
+        created_ms=now if born or stored is None else stored.created_ms,
         updated_ms=now,
         commit_id=secrets.token_bytes(8),
+        life=commit.head.epoch if born else commit.head.life,
     )
-    segments = tuple(msgspec.structs.replace(segment, at_ms=((segment.count, now),)) for segment in commit.segments)
-    return Commit(head, commit.expected, segments, commit.snapshots)
+    left = stored.branch if stored is not None and (stored.branch != head.branch or head.status != "live") else ""
+    return msgspec.structs.replace(
+        commit,
+        head=head,
+        segments=tuple(msgspec.structs.replace(one, at_ms=((one.count, now),)) for one in commit.segments),
+        reply=_stamped_reply(commit.reply, head, now),
+        left=left,
+    )
 
 
-def holds(commit: Commit, stored: Head | None, now: int) -> bool:
-    """Whether the compare-and-set of a commit succeeds against the stored head."""
-    live = stored.at(now) if stored is not None else None
+def _stamped_reply(reply: Reply | None, head: Head, now: int) -> Reply | None:
+    if reply is None:
+        return None
+    life = head.life if reply.scope else 0
+    shown = head if reply.kind in ("session", "generate") else None
+    return msgspec.structs.replace(reply, at_ms=now, life=life, head=shown)
+
+
+def holds(commit: Commit, stored: Head | None, source: Head | None, reply: Reply | None, now: int) -> bool:
+    """Whether a commit may be applied.
+
+    `stored` is the head that is stored, `source` that of the commit's source, `reply` what its key has now.
+    """
+    if not _follows(commit, stored, now):
+        return False
+    if commit.source is not None:
+        live = source.at(now) if source is not None else None
+        if live is None or live.status != "live" or live.epoch != commit.source.epoch:
+            return False
+    if reply is None:
+        return True
+    generation = stored.generation if stored is not None else None
+    return reply.pending and generation is not None and generation.key == reply.key
+
+
+def _follows(commit: Commit, stored: Head | None, now: int) -> bool:
     if commit.expected is None:
-        return live is None or live.status != "live"
+        live = stored.at(now) if stored is not None else None
+        return live is None or (live.status != "live" and commit.head.epoch > live.epoch)
     # A session with work under way does not expire: its commit is judged by the fence alone.
     return stored is not None and stored.status == "live" and stored.fence == commit.expected
+
+
+def graft(line: Line, branch: str, position: int) -> Line:
+    """The line of a branch that goes on after `position` of `branch`, whose own line is `line`."""
+    kept: list[tuple[str, int]] = []
+    for ancestor, upto in (*line, (branch, position)):
+        if position == 0 or (kept and kept[-1][1] >= position):
+            break
+        kept.append((ancestor, min(upto, position)))
+    return tuple(kept)
+
+
+def parts(line: Line, branch: str, after: int, to: int) -> list[tuple[str, int, int]]:
+    """Where positions after + 1 to `to` of a branch are found: (branch, after, to), in order."""
+    found, begin = [], 0
+    for name, upto in (*line, (branch, to)):
+        first, last = max(begin, after), min(upto, to)
+        if first < last:
+            found.append((name, first, last))
+        begin = max(begin, upto)
+    return found
+
+
+def surplus(positions: Sequence[int], protected: Collection[int]) -> list[int]:
+    """The snapshots of a branch that need not be kept.
+
+    Kept are the newest 4, the first in each 4,096 positions, and those that a log begins at (`protected`).
+    """
+    ordered = sorted(positions)
+    firsts = {position // SNAPSHOT_SPACING: position for position in reversed(ordered)}
+    kept = {*ordered[-SNAPSHOTS_KEPT:], *firsts.values(), *protected}
+    return [position for position in ordered if position not in kept]
 
 
 def cut(segment: Segment, after: int, to: int) -> Segment:

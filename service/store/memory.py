@@ -1,15 +1,22 @@
 """The memory store: nothing survives the process. For tests and throw-away work."""
 
+import sys
 from collections.abc import Collection, Sequence
 from threading import RLock
 
+import msgspec
+
 from service.store.base import (
+    REPLIES_KEPT,
+    TENANT_REPLIES_KEPT,
     TOMBSTONE_TTL_S,
     Applied,
     Commit,
     Conflict,
     Head,
     Key,
+    Line,
+    Reply,
     Result,
     Segment,
     Snapshot,
@@ -17,48 +24,135 @@ from service.store.base import (
     holds,
     join,
     now_ms,
+    parts,
     stamp,
+    surplus,
 )
 
 
 class MemoryStore:
-    """Heads, log and snapshots in dictionaries."""
+    """Heads, log, snapshots and replies in dictionaries."""
 
     durability = "memory"
+    run = ""
 
-    def __init__(self) -> None:
+    def __init__(self, idempotency_ttl_s: int = 86_400) -> None:
         self._lock = RLock()
+        self._reply_ttl_ms = idempotency_ttl_s * 1000
         self._heads: dict[Key, Head] = {}
         self._log: dict[str, list[Segment]] = {}
-        self._snapshots: dict[str, list[Snapshot]] = {}
+        self._snapshots: dict[str, dict[tuple[str, int], Snapshot]] = {}
+        self._lines: dict[str, Line] = {}
+        self._replies: dict[Key, dict[str, Reply]] = {}
+        self._reach: dict[str, dict[Key, tuple[int, int]]] = {}
+        """branch -> session -> (the last position that it reaches, the last that it does not retain)"""
         self._epoch_floor = 0
 
-    def commit(self, commits: Sequence[Commit]) -> list[Result]:
+    # ------------------------------------------------------------------ committing
+
+    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         """Apply a group commit; one result a commit."""
         with self._lock:
             now = now_ms()
-            return [self._commit_one(commit, now) for commit in commits]
+            results = [self._commit_one(commit, now) for commit in commits]
+            self._add_snapshots([snapshot for snapshot in snapshots if self._reaches(snapshot)])
+            return results
 
     def _commit_one(self, commit: Commit, now: int) -> Result:
         stored = self._heads.get(commit.head.key)
-        if not holds(commit, stored, now):
+        source = self._heads.get((commit.head.tenant, commit.source.id)) if commit.source is not None else None
+        taken = self._kept(commit.head.tenant, commit.reply.scope, commit.reply.key, now) if commit.reply else None
+        if not holds(commit, stored, source, taken, now):
             return Conflict(stored.at(now) if stored is not None else None)
-        if stored is not None and stored.branch != commit.head.branch:
-            self._forget_branch(stored.branch)
         stamped = stamp(commit, stored, now)
-        self._heads[stamped.head.key] = stamped.head
-        if stamped.head.status != "live":
-            self._forget_branch(stamped.head.branch)
-            return Applied(stamped.head)
-        for segment in stamped.segments:
-            self._log.setdefault(segment.branch, []).append(segment)
-        for snapshot in stamped.snapshots:
-            self._snapshots.setdefault(snapshot.branch, []).append(snapshot)
+        self._apply(stamped, stored)
         return Applied(stamped.head)
 
-    def _forget_branch(self, branch: str) -> None:
-        self._log.pop(branch, None)
-        self._snapshots.pop(branch, None)
+    def _apply(self, commit: Commit, stored: Head | None) -> None:
+        if commit.branch is not None:
+            self._lines[commit.branch.id] = commit.branch.line
+        for segment in commit.segments:
+            self._log.setdefault(segment.branch, []).append(segment)
+        if commit.reply is not None:
+            self._add_reply(commit.head.tenant, commit.reply)
+        self._move(stored, commit.head)
+        self._add_snapshots([snapshot for snapshot in commit.snapshots if self._reaches(snapshot)])
+
+    def _move(self, stored: Head | None, head: Head) -> None:
+        """Put a session's head where it stands now, and delete what nobody reaches any more."""
+        self._heads[head.key] = head
+        if stored is not None and _place(stored) == _place(head):
+            return
+        before = self._ways(stored) if stored is not None else {}
+        for branch in before:
+            del self._reach[branch][head.key]
+        for branch, upto in self._ways(head).items():
+            self._reach.setdefault(branch, {})[head.key] = (upto, head.origin)
+        for branch in before:
+            self._collect(branch)
+
+    def _ways(self, head: Head) -> dict[str, int]:
+        """The branches that a session reaches, each with the last position."""
+        if head.status != "live":
+            return {}
+        return {**dict(self._lines.get(head.branch, ())), head.branch: sys.maxsize}
+
+    def _collect(self, branch: str) -> None:
+        reached = self._reach[branch].values()
+        if not reached:
+            for table in (self._log, self._snapshots, self._lines, self._reach):
+                table.pop(branch, None)
+            return
+        upto, since = max(upto for upto, _ in reached), min(since for _, since in reached)
+        kept = [s for s in self._log.get(branch, ()) if s.end > since and s.start < upto]
+        self._log[branch] = [cut(segment, since, upto) for segment in kept]
+        found = self._snapshots.get(branch, {})
+        self._snapshots[branch] = {place: s for place, s in found.items() if since <= s.position <= upto}
+
+    def _reaches(self, snapshot: Snapshot) -> bool:
+        return any(snapshot.position <= upto for upto, _ in self._reach.get(snapshot.branch, {}).values())
+
+    def _add_snapshots(self, snapshots: Sequence[Snapshot]) -> None:
+        for new in snapshots:
+            kept = self._snapshots.setdefault(new.branch, {})
+            kept[new.graph, new.position] = new
+            origins = {since for _, since in self._reach[new.branch].values()}
+            for position in surplus([position for graph, position in kept if graph == new.graph], origins):
+                del kept[new.graph, position]
+
+    # ------------------------------------------------------------------ replies
+
+    def keep(self, tenant: str, reply: Reply) -> bool:
+        """Keep the answer of a request that committed nothing; its life is the session's unless it says one."""
+        with self._lock:
+            now = now_ms()
+            if self._kept(tenant, reply.scope, reply.key, now) is not None:
+                return False
+            head = self._heads.get((tenant, reply.scope)) if reply.scope else None
+            life = reply.life or (head.life if head is not None else 0)
+            self._add_reply(tenant, msgspec.structs.replace(reply, at_ms=now, life=life))
+            return True
+
+    def reply(self, tenant: str, scope: str, key: str) -> Reply | None:
+        """The answer kept under a key."""
+        with self._lock:
+            return self._kept(tenant, scope, key, now_ms())
+
+    def _kept(self, tenant: str, scope: str, key: str, now: int) -> Reply | None:
+        reply = self._replies.get((tenant, scope), {}).get(key)
+        if reply is None or now - reply.at_ms >= self._reply_ttl_ms:
+            return None
+        head = self._heads.get((tenant, scope))
+        return reply if not scope or (head is not None and head.life == reply.life) else None
+
+    def _add_reply(self, tenant: str, reply: Reply) -> None:
+        kept = self._replies.setdefault((tenant, reply.scope), {})
+        kept.pop(reply.key, None)
+        kept[reply.key] = reply
+        if len(kept) > (REPLIES_KEPT if reply.scope else TENANT_REPLIES_KEPT):
+            del kept[next(iter(kept))]
+
+    # ------------------------------------------------------------------ reading
 
     def head(self, key: Key, at_ms: int | None = None) -> Head | None:
         """The head of a session."""
@@ -66,31 +160,60 @@ class MemoryStore:
             head = self._heads.get(key)
             return head.at(now_ms() if at_ms is None else at_ms) if head is not None else None
 
+    def line(self, branch: str) -> Line:
+        """What comes before a branch's own entries."""
+        with self._lock:
+            return self._lines.get(branch, ())
+
     def log(self, branch: str, after: int, to: int) -> list[Segment]:
         """Positions after + 1 to `to`, in order."""
         with self._lock:
-            segments = [s for s in self._log.get(branch, ()) if s.end > after and s.start < to]
-        return join([cut(segment, after, to) for segment in segments])
+            found = [
+                cut(segment, first, last)
+                for name, first, last in parts(self.line(branch), branch, after, to)
+                for segment in self._log.get(name, ())
+                if segment.end > first and segment.start < last
+            ]
+        return join(found)
 
-    def snapshot(self, branch: str, below: int) -> Snapshot | None:
+    def snapshot(self, branch: str, below: int, graph: str) -> Snapshot | None:
         """The newest snapshot at a position less than `below`."""
         with self._lock:
-            found = [s for s in self._snapshots.get(branch, ()) if s.position < below]
+            found = [s for s in self._visible(branch, graph) if s.position < below]
         return max(found, key=lambda snapshot: snapshot.position, default=None)
+
+    def snapshots(self, branch: str, after: int, to: int, graph: str) -> list[int]:
+        """Positions after + 1 to `to` at which there are snapshots, in order."""
+        with self._lock:
+            return sorted({s.position for s in self._visible(branch, graph) if after < s.position <= to})
+
+    def _visible(self, branch: str, graph: str) -> list[Snapshot]:
+        return [
+            snapshot
+            for name, upto in ((branch, sys.maxsize), *self.line(branch))
+            for snapshot in self._snapshots.get(name, {}).values()
+            if snapshot.graph == graph and snapshot.position <= upto
+        ]
 
     def heads(self, tenant: str, model: str | None, after: str, limit: int) -> list[Head]:
         """Live sessions in order of id."""
+        found = [head for head in self._living(tenant) if head.id > after and model in (None, head.model)]
+        return sorted(found, key=lambda head: head.id)[:limit]
+
+    def forks(self, key: Key, life: int) -> list[str]:
+        """Ids of the live sessions that were forked from that life of a session."""
+        parents = ((head.id, head.parent) for head in self._living(key[0]))
+        return sorted(id for id, of in parents if of is not None and (of.session, of.life) == (key[1], life))
+
+    def lives(self, model: str, version: int) -> bool:
+        """Whether any session of a model version lives."""
+        return any((head.model, head.version) == (model, version) for head in self._living())
+
+    def _living(self, tenant: str | None = None) -> list[Head]:
         with self._lock:
             now = now_ms()
-            found = [
-                head
-                for head in self._heads.values()
-                if head.tenant == tenant
-                and head.id > after
-                and head.at(now).status == "live"
-                and model in (None, head.model)
-            ]
-        return sorted(found, key=lambda head: head.id)[:limit]
+            heads = [head for head in self._heads.values() if tenant in (None, head.tenant)]
+        return [head for head in heads if head.at(now).status == "live"]
 
     def next_epoch(self, key: Key) -> int:
         """One more than every epoch that this id has had."""
@@ -98,20 +221,30 @@ class MemoryStore:
             head = self._heads.get(key)
             return (head.epoch if head is not None else self._epoch_floor) + 1
 
+    # ------------------------------------------------------------------ upkeep
+
     def sweep(self, busy: Collection[Key] = ()) -> int:
-        """Expire what is due and forget old tombstones."""
+        """Expire what is due, forget old tombstones and old replies."""
         with self._lock:
             now = now_ms()
             heads = [head.at(now) for key, head in self._heads.items() if key not in busy]
             expired = [head for head in heads if head.status == "expired" and head != self._heads[head.key]]
             for head in expired:
-                self._heads[head.key] = head
-                self._forget_branch(head.branch)
+                self._move(self._heads[head.key], head)
             old = [h for h in heads if h.status != "live" and h.updated_ms < now - TOMBSTONE_TTL_S * 1000]
             for head in old:
                 self._epoch_floor = max(self._epoch_floor, head.epoch)
                 del self._heads[head.key]
+                self._replies.pop(head.key, None)
+            self._drop_old_replies(now)
             return len(expired) + len(old)
+
+    def _drop_old_replies(self, now: int) -> None:
+        for scope, kept in list(self._replies.items()):
+            left = {key: reply for key, reply in kept.items() if now - reply.at_ms < self._reply_ttl_ms}
+            self._replies[scope] = left
+            if not left:
+                del self._replies[scope]
 
     def check(self) -> str | None:
         """Memory can always be written."""
@@ -119,3 +252,7 @@ class MemoryStore:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _place(head: Head) -> tuple[str, int, str]:
+    return (head.branch, head.origin, head.status)

@@ -10,17 +10,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import msgspec
 import numpy as np
 
 from service import state
 from service.bundle import Manifest
 from service.errors import not_ready
 from service.state import Array, Row
-from service.store.base import Commit, Head, Key, Segment, Snapshot
+from service.store.base import Commit, Fence, Head, Key, Line, Segment, Snapshot, surplus
 from service.tasks import Codec, Output
-from service.work.events import Event, Failed, Listener
+from service.work.events import Event, Failed, Listener, LostRace
 
-SNAPSHOT_EVERY = 256
+PARK_AFTER = 32
+MAX_NOTED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """How much of a session's past is kept."""
+
+    snapshot_every: int = 256
+    """steps from one snapshot of the state to the next"""
+    log_retention: int | None = None
+    """steps that can be gone back; None: all"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,8 @@ class Resident:
     last: Array | None
     """the newest entry of the log"""
     snapshot_at: int
+    behind: tuple[int, Row] | None = None
+    """(position, state) before the newest chunk, when more than PARK_AFTER entries follow the last snapshot"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +78,33 @@ class Host(Protocol):
     def numerics(self) -> str:
         """Names the arithmetic of this process."""
 
-    def resident(self, key: Key) -> Resident:
-        """A live session, loaded from the store if need be; raises Problem when it does not live."""
+    @property
+    def keeping(self) -> Keeping:
+        """How much of a session's past is kept."""
+
+    def resident(self, known: Head) -> Resident:
+        """A session that stands at `known` or, by this process's own commits, further on."""
 
     def next_epoch(self, key: Key) -> int:
         """An epoch that this id has never had."""
 
-    def log_entries(self, head: Head, after: int) -> Array:
-        """The session's entries from position after + 1 to its head."""
+    def line(self, branch: str) -> Line:
+        """What comes before a branch's own entries."""
+
+    def state_below(self, head: Head, below: int) -> tuple[int, Row]:
+        """(position, state) of the newest snapshot before `below` that can be read, or of the log's beginning."""
+
+    def snapshot(self, head: Head, below: int) -> Snapshot | None:
+        """The newest snapshot of this model's state before `below`."""
+
+    def snapshots(self, head: Head, to: int) -> list[int]:
+        """Positions of the snapshots of this model's state up to `to`."""
+
+    def log(self, branch: str, after: int, to: int) -> list[Segment]:
+        """The segments of positions after + 1 to `to`."""
+
+    def log_entries(self, head: Head, after: int, to: int) -> Array:
+        """The session's entries from position after + 1 to `to`; raises Problem when they are not all there."""
 
 
 class Work:
@@ -118,8 +151,12 @@ class Work:
         """What shall be kept now, if anything."""
         return None
 
-    def applied(self, head: Head) -> Resident | None:
-        """The commit holds; returns the session as it is in memory now (None: leave it out of memory)."""
+    def applied(self, head: Head) -> Resident:
+        """The commit holds; returns the session as it is in memory now."""
+        raise NotImplementedError
+
+    def lost(self, head: Head | None) -> None:
+        """The commit was refused."""
         raise NotImplementedError
 
     def advance(self) -> None:
@@ -138,21 +175,29 @@ class Work:
 class SessionWork(Work):
     """Work on a session: begins on its newest committed state and may commit on top of it."""
 
-    def __init__(self, listener: Listener, cost: int, key: Key, new: NewSession | None = None) -> None:
+    def __init__(self, listener: Listener, cost: int, at: Head | NewSession) -> None:
         super().__init__(listener, cost)
-        self.key = key
-        self.new = new
-        self._snapshot: tuple[int, Row] | None = None
+        self.key = at.key
+        self.new = at if isinstance(at, NewSession) else None
+        self._known = at if isinstance(at, Head) else None
+        self._noted: dict[int, Row] = {}
 
     def open(self, host: Host) -> Resident:
         """Load the session, or make a new one at position 0."""
-        self._host = host
-        self.base = self._fresh(host, self.new) if self.new is not None else host.resident(self.key)
-        self.row, self.output, self.entries = self.base.row, self.base.output, self.base.tail
-        self._folded = self.base.folded
-        return self.base
+        return self.start(host, self._fresh(host, self.new) if self._known is None else host.resident(self._known))
 
-    def _fresh(self, host: Host, new: NewSession) -> Resident:
+    def start(self, host: Host, base: Resident) -> Resident:
+        """Begin on a session in memory: its tail is to be folded first."""
+        self._host = host
+        self.base = base
+        self.row, self.output, self.entries = base.row, base.output, base.tail
+        self.at = base.folded
+        self._snapshot_at = base.snapshot_at
+        self._behind = base.behind
+        return base
+
+    def _fresh(self, host: Host, new: NewSession | None) -> Resident:
+        assert new is not None
         manifest = host.manifest
         head = Head(
             tenant=new.key[0],
@@ -171,24 +216,45 @@ class SessionWork(Work):
         return Resident(head, state.initial_row(manifest.states), 0, host.codec.none(), None, None, 0)
 
     @property
-    def expected(self) -> tuple[int, int] | None:
+    def expected(self) -> Fence | None:
         """What the next commit expects of the live head."""
         return None if self.new is not None else self.base.head.fence
 
     def folded(self, outputs: Output, row: Row) -> None:
         """Note a snapshot where one is due: before a chunk, so that at least one entry follows it."""
-        if self._folded - self.base.snapshot_at >= SNAPSHOT_EVERY:
-            self._snapshot = (self._folded, self.row)
+        if self.at - self._snapshot_at >= self._host.keeping.snapshot_every:
+            self._note()
+        self._behind = (self.at, self.row)
         super().folded(outputs, row)
-        self._folded += length_of(outputs)
+        self.at += length_of(outputs)
 
-    def snapshots(self) -> tuple[Snapshot, ...]:
-        """The snapshot that is due with this commit, if any."""
-        if self._snapshot is None:
-            return ()
-        position, row = self._snapshot
-        data = state.dump(self._host.manifest.states, row)
-        return (Snapshot(self.base.head.branch, position, self._host.numerics, data),)
+    def _note(self) -> None:
+        self._noted[self.at] = self.row
+        self._snapshot_at = self.at
+        if len(self._noted) > MAX_NOTED:
+            for position in surplus(list(self._noted), ()):
+                del self._noted[position]
+
+    def committed(self, head: Head, *segments: Segment) -> Commit:
+        """A commit on top of the session, with the snapshots that are due; the log's beginning is cut off with them."""
+        snapshots = [self._snapshot(head.branch, position, row) for position, row in self._noted.items()]
+        retention = self._host.keeping.log_retention
+        if snapshots and retention is not None:
+            first = self._first_kept(head, head.position - retention, snapshots)
+            if first is not None and first.position > head.origin:
+                head = msgspec.structs.replace(head, origin=first.position)
+                snapshots += [msgspec.structs.replace(first, branch=head.branch)]
+        return Commit(head, self.expected, segments, tuple(snapshots))
+
+    def _first_kept(self, head: Head, floor: int, fresh: list[Snapshot]) -> Snapshot | None:
+        """The newest snapshot at or before `floor`: a log is cut at a snapshot only."""
+        noted = [snapshot for snapshot in fresh if snapshot.position <= floor]
+        return noted[-1] if noted else self._host.snapshot(self.base.head, floor + 1)
+
+    def _snapshot(self, branch: str, position: int, row: Row) -> Snapshot:
+        manifest = self._host.manifest
+        data = state.dump(manifest.states, row)
+        return Snapshot(branch, position, self._host.numerics, data, manifest.graph_sha256)
 
     def segment(self, entries: Array, start: int, source: Literal["fed", "generated"]) -> Segment:
         """Log entries start + 1 to start + n of this session."""
@@ -204,10 +270,15 @@ class SessionWork(Work):
     def settle(self, head: Head) -> Resident:
         """The session in memory after a commit."""
         last = self.entries[-1] if len(self.entries) else self.base.last
-        snapshot_at = self._snapshot[0] if self._snapshot is not None else self.base.snapshot_at
-        self.base = Resident(head, self.row, self._folded, self.entries[self.cursor :], self.output, last, snapshot_at)
-        self.new, self._snapshot = None, None
+        behind = self._behind if self.at - self._snapshot_at > PARK_AFTER else None
+        tail = self.entries[self.cursor :]
+        self.base = Resident(head, self.row, self.at, tail, self.output, last, self._snapshot_at, behind)
+        self.new, self._noted = None, {}
         return self.base
+
+    def lost(self, head: Head | None) -> None:
+        """The commit was refused: the session stands at `head`."""
+        self.end(LostRace(head))
 
 
 def length_of(outputs: Output) -> int:

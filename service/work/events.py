@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -9,6 +10,20 @@ from service.errors import Problem
 from service.state import Array, Row
 from service.store.base import Generation, Head
 from service.tasks import Output
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What folding a log again has shown."""
+
+    verified: bool | None
+    """None: nothing could be compared"""
+    from_position: int
+    to_position: int
+    state_sha256: str
+    reason: Literal["nothing_to_compare", "numerics_changed"] | None = None
+    differs_at: int | None = None
+    """the first position whose state is another"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +42,7 @@ class Done:
     generation: Generation | None = None
     rest: str = ""
     """text of a generate that was held back as the possible beginning of a stop string"""
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)

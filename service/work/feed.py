@@ -1,16 +1,54 @@
-"""Feeding: a sequence into a session or through an empty memory; changing a session's head; looking at its state."""
+"""Feeding a sequence: into a session, or through an empty memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
 from service import state
 from service.state import Array
-from service.store.base import Commit, Generation, Head, Key, tombstone
+from service.store.base import Commit, Generation, Head, Reply
 from service.tasks import Output
 from service.work.base import Host, NewSession, Resident, SessionWork, Work, length_of
 from service.work.events import Done, Listener
+
+MAX_BODY_KEPT = 16 * 1024
+"""a longer answer is not kept but worked out again"""
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A request with an idempotency key, and the digest that tells it from others."""
+
+    tenant: str
+    scope: str
+    """the session's id; "" for the tenant's own keys"""
+    key: str
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """How a feed's answer is kept under its request's key."""
+
+    keyed: Keyed
+    write: Callable[[Done], dict[str, object]]
+    """what is answered; called on the engine's thread"""
+
+    def reply(self, done: Done, start: int) -> Reply:
+        """The answer as it is committed with the step: whole, or to be worked out again from the entries."""
+        head = done.head
+        assert head is not None
+        answer = self.write(done)
+        body = msgspec.json.encode(answer)
+        scope, key, digest = self.keyed.scope, self.keyed.key, self.keyed.digest
+        if len(body) <= MAX_BODY_KEPT:
+            return Reply(scope, key, digest, "body", body=body)
+        body = msgspec.json.encode(answer | {"predictions": []})
+        return Reply(
+            scope, key, digest, "feed", body=body, branch=head.branch, start=start, end=head.position, graph=head.graph
+        )
 
 
 class Kept:
@@ -70,83 +108,45 @@ class Feed(SessionWork):
     """Feed a sequence: all of it is committed once, after its last entry is folded."""
 
     def __init__(
-        self, listener: Listener, key: Key, entries: Array, last_only: bool, new: NewSession | None = None
+        self, listener: Listener, at: Head | NewSession, entries: Array, last_only: bool, kept: KeptAnswer | None = None
     ) -> None:
-        super().__init__(listener, len(entries), key, new)
+        super().__init__(listener, len(entries), at)
         self._fed = entries
         self._count = 1 if last_only else len(entries)
-        self._kept = Kept(self._count)
+        self._outputs = Kept(self._count)
+        self._kept = kept
 
     def begin(self, host: Host) -> None:
         """Fold what is left of the log, then the new entries."""
         base = self.open(host)
         self._created = self.new is not None
-        self._kept.start(base.output)
+        self._outputs.start(base.output)
         self._fed = host.codec.fill(self._fed, base.last)
         self.entries = np.concatenate([base.tail, self._fed])
 
     def keep(self, outputs: Output) -> None:
         """Keep the outputs asked for."""
-        self._kept.add(outputs)
+        self._outputs.add(outputs)
 
     def commit(self) -> Commit | None:
-        """Everything, once all is folded."""
+        """Everything, once all is folded, with the answer if it shall be kept."""
         if self.remaining:
             return None
         start = self.base.head.position
         head = msgspec.structs.replace(
             self.base.head, position=start + len(self._fed), generation=abandoned(self.base.head)
         )
-        return Commit(head, self.expected, (self.segment(self._fed, start, "fed"),), self.snapshots())
+        outputs, before = self._outputs.take(self._count)
+        self._done = Done(head, outputs, before, entries=self._fed, created=self._created)
+        commit = self.committed(head, self.segment(self._fed, start, "fed"))
+        if self._kept is None:
+            return commit
+        return msgspec.structs.replace(commit, reply=self._kept.reply(self._done, start))
 
     def applied(self, head: Head) -> Resident:
         """Answer."""
-        outputs, before = self._kept.take(self._count)
-        self.end(Done(head, outputs, before, entries=self._fed, created=self._created))
+        self.end(replace(self._done, head=head))
         return self.settle(head)
-
-
-class Change(SessionWork):
-    """Change a session's head without feeding anything: create, describe, cancel, close."""
-
-    def __init__(
-        self, listener: Listener, key: Key, change: Callable[[Head], Head], new: NewSession | None = None
-    ) -> None:
-        super().__init__(listener, 1, key, new)
-        self._change = change
-
-    def begin(self, host: Host) -> None:
-        """Load the session."""
-        self.open(host)
-        self._created = self.new is not None
-
-    def commit(self) -> Commit | None:
-        """The changed head."""
-        return Commit(self._change(self.base.head), self.expected)
-
-    def applied(self, head: Head) -> Resident | None:
-        """Answer; a closed session leaves memory."""
-        self.end(Done(head, created=self._created))
-        if head.status != "live":
-            return None
-        base = self.base
-        return Resident(head, base.row, base.folded, base.tail, base.output, base.last, base.snapshot_at)
-
-
-class Peek(SessionWork):
-    """The newest committed state, its last sampled entry folded in; commits nothing."""
-
-    def __init__(self, listener: Listener, key: Key) -> None:
-        super().__init__(listener, 1, key)
-
-    def begin(self, host: Host) -> None:
-        """Start from the session's state."""
-        self.open(host)
-
-    def advance(self) -> None:
-        """Answer when the tail is folded."""
-        if not self.remaining:
-            self.end(Done(self.base.head, row=self.row))
 
 
 def abandoned(head: Head) -> Generation | None:
@@ -155,13 +155,3 @@ def abandoned(head: Head) -> Generation | None:
     if generation is None or generation.finish_reason is not None:
         return generation
     return msgspec.structs.replace(generation, finish_reason="cancelled", end=head.position)
-
-
-def cancelled(head: Head) -> Head:
-    """The head with its suspended generate ended where it stands."""
-    return msgspec.structs.replace(head, generation=abandoned(head))
-
-
-def closed(head: Head) -> Head:
-    """The head's tombstone."""
-    return tombstone(head, "closed")

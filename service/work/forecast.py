@@ -8,7 +8,7 @@ import numpy as np
 from service.errors import Problem
 from service.sampling import Purpose, uniforms
 from service.state import Array
-from service.store.base import Key
+from service.store.base import Head
 from service.tasks import Output
 from service.work.base import Host, SessionWork
 from service.work.events import Done, Listener
@@ -28,12 +28,12 @@ class Forecast(SessionWork):
     def __init__(
         self,
         listener: Listener,
-        key: Key,
+        at: Head,
         horizon: int,
         future: Sequence[Mapping[str, float]],
         path: Path | None = None,
     ) -> None:
-        super().__init__(listener, horizon, key)
+        super().__init__(listener, horizon, at)
         self._horizon = horizon
         self._future = future
         self._path = path
@@ -41,7 +41,8 @@ class Forecast(SessionWork):
 
     def begin(self, host: Host) -> None:
         """Start from the session's state."""
-        if self.open(host).head.position == 0:
+        base = self.open(host)
+        if base.output is None and not len(base.tail):
             raise Problem("empty_session", "a forecast needs a session that has been fed")
 
     def advance(self) -> None:

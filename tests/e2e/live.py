@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
 START_S = 40.0
@@ -107,8 +108,9 @@ class Server:
 
     # ------------------------------------------------------------------ requests
 
-    def post(self, path: str, body: object) -> httpx.Response:
-        return self.http.post(path, json=body)
+    def post(self, path: str, body: object, key: str | None = None) -> httpx.Response:
+        headers = {"Idempotency-Key": key} if key is not None else {}
+        return self.http.post(path, json=body, headers=headers)
 
     def ok(self, response: httpx.Response) -> Any:  # noqa: ANN401 (any JSON)
         assert response.is_success, f"{response.status_code} {response.text}"
@@ -132,12 +134,61 @@ class Server:
 
     def state(self, session: str) -> Any:  # noqa: ANN401 (any JSON)
         """The state as JSON: its numbers say every bit of a float32."""
-        return self.ok(self.http.get(f"/v1/sessions/{session}/state"))["state"]
+        return self.ok(self.http.get(f"/v1/sessions/{session}/state", headers={"Accept": "application/json"}))["state"]
 
-    def stream(self, session: str, tokens: int | None = None, **body: object) -> list["SseEvent"]:
+    def state_at(self, session: str, position: int) -> Any:  # noqa: ANN401 (any JSON)
+        """The state at a position as JSON."""
+        path, headers = f"/v1/sessions/{session}/state", {"Accept": "application/json"}
+        return self.ok(self.http.get(path, params={"position": position}, headers=headers))["state"]
+
+    def state_file(self, session: str) -> bytes:
+        """The state as a file."""
+        response = self.http.get(f"/v1/sessions/{session}/state")
+        assert response.is_success, response.text
+        return response.content
+
+    def upload(self, session: str, data: bytes) -> httpx.Response:
+        """PUT a state file."""
+        headers = {"Content-Type": "application/octet-stream"}
+        return self.http.put(f"/v1/sessions/{session}/state", content=data, headers=headers)
+
+    def log_of(self, session: str, limit: int = 10_000) -> list[Any]:
+        """Every entry of the log, page by page."""
+        found: list[Any] = []
+        cursor: object = None
+        while True:
+            params = {"limit": limit, **({"cursor": cursor} if cursor is not None else {})}
+            page = self.ok(self.http.get(f"/v1/sessions/{session}/log", params=params))
+            found += page["data"]
+            if (cursor := page["next_cursor"]) is None:
+                return found
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value, summed over the labels that are not given."""
+        families = text_string_to_metric_families(self.http.get("/metrics").text)
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def fork(self, session: str, **body: object) -> Any:  # noqa: ANN401 (any JSON)
+        return self.ok(self.post(f"/v1/sessions/{session}/fork", body))
+
+    def rewind(self, session: str, position: int) -> Any:  # noqa: ANN401 (any JSON)
+        return self.ok(self.post(f"/v1/sessions/{session}/rewind", {"position": position}))
+
+    def verify(self, session: str, **params: int) -> Any:  # noqa: ANN401 (any JSON)
+        return self.ok(self.http.post(f"/v1/sessions/{session}/verify", params=params))
+
+    def stream(
+        self, session: str, tokens: int | None = None, key: str | None = None, **body: object
+    ) -> list["SseEvent"]:
         """The events of a streamed generate; after `tokens` tokens the client leaves."""
         path = f"/v1/sessions/{session}/generate"
-        with self.http.stream("POST", path, json={**body, "stream": True}) as response:
+        headers = {"Idempotency-Key": key} if key is not None else {}
+        with self.http.stream("POST", path, json={**body, "stream": True}, headers=headers) as response:
             return read_events(response, tokens)
 
     def resume(self, session: str, after: str, tokens: int | None = None) -> list["SseEvent"]:
@@ -159,6 +210,12 @@ class Server:
 
 
 MakeServer = Callable[..., Server]
+
+
+def problem(response: httpx.Response, status: int, code: str) -> Any:  # noqa: ANN401 (any JSON)
+    """Check a refusal; returns its document."""
+    assert (response.status_code, response.json().get("code")) == (status, code), response.text
+    return response.json()
 
 
 class SseEvent:

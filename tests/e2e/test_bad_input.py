@@ -63,6 +63,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "generate": {"max_tokens": 1},
     "forecast": {"horizon": 1},
     "cancel": {},
+    "fork": {},
+    "rewind": {"position": 0},
+    "migrate": {"version": 1},
+    "verify": {},
 }
 
 
@@ -80,6 +84,8 @@ def test_an_unknown_session_is_404(operation: str, victims: Server) -> None:
         ("GET", "/state"),
         ("GET", "/events?after=1.1"),
         ("GET", "/events?after=1.1-end"),
+        ("GET", "/log"),
+        ("GET", "/state?position=0"),
     ],
 )
 def test_an_unknown_session_is_404_for_every_look(method: str, path: str, victims: Server) -> None:
@@ -101,7 +107,7 @@ def test_a_deleted_session_is_410(operation: str, victims: Server, gone: str) ->
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", ""), ("PATCH", ""), ("GET", "/state"), ("GET", "/events?after=1.1")]
+    ("method", "path"), [("GET", ""), ("PATCH", ""), ("GET", "/state"), ("GET", "/events?after=1.1"), ("GET", "/log")]
 )
 def test_a_deleted_session_is_410_for_every_look(method: str, path: str, victims: Server, gone: str) -> None:
     body = {"json": {"metadata": {}}} if method == "PATCH" else {}
@@ -172,11 +178,10 @@ def test_a_wrong_method_is_405_and_says_which_are_right(method: str, path: str, 
 
 
 @pytest.mark.parametrize("session", ["%20", "a%20b", "%C3%A4", "a" * 129, "a%2Bb", "a@b", "a%00", "a%0A"])
-@pytest.mark.parametrize("path", ["", "/steps", "/generate", "/forecast", "/cancel", "/state", "/events?after=1.1"])
+@pytest.mark.parametrize("path", ["", *(f"/{one}" for one in BODIES), "/state", "/log", "/events?after=1.1"])
 def test_a_bad_session_id_in_the_path_is_422(session: str, path: str, victims: Server) -> None:
     url = f"/v1/sessions/{session}{path}"
-    posted = path in ("/steps", "/generate", "/forecast", "/cancel")
-    response = victims.post(url, BODIES[path[1:]]) if posted else victims.http.get(url)
+    response = victims.post(url, BODIES[path[1:]]) if path[1:] in BODIES else victims.http.get(url)
     refused(response, 422, "invalid_input", "/session_id")
 
 
@@ -213,6 +218,9 @@ POSTS = [
     "/v1/sessions/bad-letters/steps",
     "/v1/sessions/bad-letters/generate",
     "/v1/sessions/bad-single/forecast",
+    "/v1/sessions/bad-letters/fork",
+    "/v1/sessions/bad-letters/rewind",
+    "/v1/sessions/bad-tags/migrate",
     "/v1/models/tiny-letters/predict",
     "/v1/models/tiny-letters/generate",
 ]
@@ -221,6 +229,9 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/sessions/bad-letters/steps": {"inputs": "a"},
     "/v1/sessions/bad-letters/generate": {"max_tokens": 1},
     "/v1/sessions/bad-single/forecast": {"horizon": 1},
+    "/v1/sessions/bad-letters/fork": {},
+    "/v1/sessions/bad-letters/rewind": {"position": 1},
+    "/v1/sessions/bad-tags/migrate": {"version": 1},
     "/v1/models/tiny-letters/predict": {"sequences": ["a"]},
     "/v1/models/tiny-letters/generate": {"max_tokens": 1},
 }
@@ -280,10 +291,10 @@ def test_json_with_a_charset_is_taken(victims: Server) -> None:
     assert response.status_code == 200
 
 
-def test_an_idempotency_key_is_not_silently_ignored(victims: Server) -> None:
-    headers = {**JSON, "Idempotency-Key": "k1"}
-    response = victims.http.post("/v1/sessions/bad-letters/steps", content=b'{"inputs": "a"}', headers=headers)
-    refused(response, 400, "bad_request")
+@pytest.mark.parametrize("key", ["", '""', "k" * 256, "a\tb"])
+@pytest.mark.parametrize("path", POSTS)
+def test_a_key_that_is_none_is_400(path: str, key: str, victims: Server) -> None:
+    refused(victims.post(path, VALID[path], key), 400, "bad_request")
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -539,6 +550,57 @@ def test_quantiles_of_a_model_without_them_are_422(victims: Server) -> None:
 )
 def test_a_bad_parameter_of_predict_is_422(body: dict[str, Any], pointer: str, victims: Server) -> None:
     refused(victims.post("/v1/models/tiny-letters/predict", body), 422, "invalid_input", pointer)
+
+
+@pytest.mark.parametrize(
+    ("operation", "body", "pointer"),
+    [
+        ("fork", {"id": "a b"}, "/id"),
+        ("fork", {"id": ""}, "/id"),
+        ("fork", {"position": -1}, "/position"),
+        ("fork", {"position": 1.5}, "/position"),
+        ("fork", {"position": HUGE}, "/position"),
+        ("fork", {"seed": 2**53}, "/seed"),
+        ("rewind", {}, "/position"),
+        ("rewind", {"position": None}, "/position"),
+        ("rewind", {"position": -1}, "/position"),
+        ("rewind", {"position": "1"}, "/position"),
+        ("rewind", {"position": HUGE}, "/position"),
+        ("migrate", {}, "/version"),
+        ("migrate", {"version": 0}, "/version"),
+        ("migrate", {"version": "1"}, "/version"),
+        ("migrate", {"version": HUGE}, "/version"),
+        ("verify?position=-1", {}, "/position"),
+        ("verify?position=x", {}, "/position"),
+        (f"verify?position={HUGE}", {}, "/position"),
+    ],
+)
+def test_a_bad_parameter_of_going_back_is_422(
+    operation: str, body: dict[str, Any], pointer: str, victims: Server
+) -> None:
+    refused(victims.post(f"/v1/sessions/bad-letters/{operation}", body), 422, "invalid_input", pointer)
+
+
+@pytest.mark.parametrize(
+    ("query", "pointer"),
+    [
+        ("log?limit=0", "/limit"),
+        ("log?limit=10001", "/limit"),
+        ("log?after=-1", "/after"),
+        (f"log?after={HUGE}", "/after"),
+        ("log?cursor=x", "/cursor"),
+        ("state?position=-1", "/position"),
+        (f"state?position={HUGE}", "/position"),
+    ],
+)
+def test_a_bad_look_back_is_422(query: str, pointer: str, victims: Server) -> None:
+    refused(victims.http.get(f"/v1/sessions/bad-letters/{query}"), 422, "invalid_input", pointer)
+
+
+@pytest.mark.parametrize("forks", ["", "all", "DELETE"])
+def test_forks_are_kept_or_deleted(forks: str, victims: Server) -> None:
+    response = victims.http.delete("/v1/sessions/bad-letters", params={"forks": forks})
+    refused(response, 422, "invalid_input", "/forks")
 
 
 @pytest.mark.parametrize(("field", "value"), [("ttl_s", -1), ("ttl_s", "1"), ("metadata", 5)])

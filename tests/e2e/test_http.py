@@ -10,16 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from live import MakeServer, Server, text_of, tokens_of
+from live import MakeServer, Server, problem, text_of, tokens_of
 from prometheus_client.parser import text_string_to_metric_families
 from tiny import LETTERS, TINY, newest, some_inputs
-
-
-def problem(response: httpx.Response, status: int, code: str) -> Any:  # noqa: ANN401 (any JSON)
-    assert response.status_code == status, response.text
-    assert response.json()["code"] == code
-    return response.json()
-
 
 # ---------------------------------------------------------------------- sessions
 
@@ -665,7 +658,14 @@ ROUTES = {
     ("post", "/v1/sessions/{session_id}/generate"),
     ("get", "/v1/sessions/{session_id}/events"),
     ("post", "/v1/sessions/{session_id}/forecast"),
+    ("post", "/v1/sessions/{session_id}/fork"),
+    ("post", "/v1/sessions/{session_id}/rewind"),
+    ("post", "/v1/sessions/{session_id}/migrate"),
+    ("post", "/v1/sessions/{session_id}/verify"),
+    ("get", "/v1/sessions/{session_id}/log"),
     ("get", "/v1/sessions/{session_id}/state"),
+    ("put", "/v1/sessions/{session_id}/state"),
+    ("post", "/v1/models/reload"),
     ("get", "/healthz"),
     ("get", "/readyz"),
     ("get", "/metrics"),
@@ -683,10 +683,18 @@ def test_the_openapi_page_lists_every_route(server: Server) -> None:
 
 def test_the_openapi_page_says_what_each_post_takes_with_an_example(server: Server) -> None:
     paths = openapi(server)["paths"]
+    without_body = {"cancel", "verify", "reload"}
     for method, path in sorted(ROUTES):
-        if method in ("post", "patch") and not path.endswith("/cancel"):
+        if method in ("post", "patch") and path.rpartition("/")[2] not in without_body:
             content = paths[path][method]["requestBody"]["content"]["application/json"]
             assert content["schema"]["properties"] and content["examples"], path
+
+
+def test_the_openapi_page_says_that_every_post_takes_a_key(server: Server) -> None:
+    paths = openapi(server)["paths"]
+    for method, path in sorted(ROUTES):
+        if method == "post":
+            assert "Idempotency-Key" in {one["name"] for one in paths[path][method]["parameters"]}, path
 
 
 def test_the_openapi_page_has_no_loose_references(server: Server) -> None:

@@ -50,7 +50,7 @@ async def operate(http: httpx.AsyncClient, path: str, what: str, rng: random.Ran
         case "delete" if rng.random() < 0.2:
             response = await http.delete(path)
         case "state":
-            response = await http.get(f"{path}/state")
+            response = await http.get(f"{path}/state", headers={"Accept": "application/json"})
         case "patch":
             response = await http.patch(path, json={"metadata": {"n": rng.randint(0, 9)}})
         case _:
