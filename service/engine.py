@@ -6,6 +6,7 @@ schedule -> fold -> draw -> commit -> reply. Rows enter and leave between ticks;
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
 from typing import TypeVar
@@ -30,6 +31,7 @@ from service.store.base import (
     Snapshot,
     Store,
     StoreError,
+    home,
     problem_of,
 )
 from service.tasks import Codec, Output
@@ -406,8 +408,9 @@ class Engine:
         if resident.behind is not None:
             position, row = resident.behind
             data = state.dump(self.manifest.states, row)
-            head = resident.head
-            self._parking.append(Snapshot(head.branch, position, self.numerics, data, self.manifest.graph_sha256))
+            with suppress(StoreError):  # without it the next wake-up takes a little longer
+                branch = home(self.line(resident.head.branch), resident.head.branch, position)
+                self._parking.append(Snapshot(branch, position, self.numerics, data, self.manifest.graph_sha256))
 
 
 def _leads_to(known: Head, held: Head) -> bool:

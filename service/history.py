@@ -1,6 +1,7 @@
 """Going through a session's past: fork, rewind, migrate, verify, its log, its state at any retained position."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,10 @@ from service.work.feed import Keyed, abandoned
 from service.work.look import Peek, Verify
 from service.work.migrate import Migrate, session_reply
 
-MAX_POSITION = 2**53
+MAX_POSITION = 2**48
+"""so that a session that is fed on stays below 2**53, up to which JSON's numbers are exact"""
+
+_NUMBER = re.compile("[0-9]{1,16}")
 
 
 class History:
@@ -105,10 +109,10 @@ class History:
                 origin=parent.origin if at else 0,
             )
             reply = session_reply(keyed) if keyed is not None else None
+            if not branch.line:
+                return await self._sessions.put(Commit(head, None, reply=reply))
             source = Source(parent.id, parent.epoch, parent.branch)
-            return await self._sessions.put(
-                Commit(head, None, branch=branch if branch.line else None, source=source, reply=reply)
-            )
+            return await self._sessions.put(Commit(head, None, branch=branch, source=source, reply=reply))
 
     async def rewind(self, key: Key, position: int, keyed: Keyed | None = None) -> Head:
         """Back to a position; what came after is no longer reached."""
@@ -297,9 +301,9 @@ def write_state(manifest: Manifest, head: Head, row: Row) -> bytes:
 def _read_state(data: bytes) -> _StateFile:
     try:
         said = state.metadata(data)
-        position, seed = int(said["position"]), int(said["seed"])
+        position, seed = (int(_NUMBER.fullmatch(said[name])[0]) for name in ("position", "seed"))  # type: ignore[index]
         file = _StateFile(said["model"], said["graph_sha256"], position, seed, said["state_sha256"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise Problem("state_mismatch", "not a state file: safetensors as GET .../state gives them") from error
     if not (0 <= file.position <= MAX_POSITION and 0 <= file.seed <= MAX_SEED):
         raise Problem("state_mismatch", "the file's position or seed is out of range")

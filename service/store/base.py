@@ -371,6 +371,8 @@ def holds(commit: Commit, stored: Head | None, source: Head | None, reply: Reply
         live = source.at(now) if source is not None else None
         if live is None or live.status != "live" or live.epoch != commit.source.epoch:
             return False
+        if live.origin > commit.head.origin:
+            return False
     if reply is None:
         return True
     generation = stored.generation if stored is not None else None
@@ -404,6 +406,11 @@ def parts(line: Line, branch: str, after: int, to: int) -> list[tuple[str, int, 
             found.append((name, first, last))
         begin = max(begin, upto)
     return found
+
+
+def home(line: Line, branch: str, position: int) -> str:
+    """The branch that holds the entry at a position: a snapshot there stays in reach of all who reach the entry."""
+    return parts(line, branch, position - 1, position)[0][0] if position else branch
 
 
 def surplus(positions: Sequence[int], protected: Collection[int]) -> list[int]:

@@ -366,7 +366,7 @@ class SqliteStore:
     def _stored_replies(self, keys: Collection[ReplyKey]) -> dict[ReplyKey, Reply]:
         if not keys:
             return {}
-        sql = f"SELECT tenant, reply FROM replies WHERE (tenant, scope, key) IN (VALUES {_marks(keys, 3)})"
+        sql = f"SELECT t.tenant, t.reply {_matching('replies', ('tenant', 'scope', 'key'), len(keys))}"
         rows = self._db.execute(sql, _flat(keys)).fetchall()
         found = [(tenant, _reply.decode(blob)) for tenant, blob in rows]
         return {_reply_key(tenant, reply): reply for tenant, reply in found}
@@ -672,8 +672,9 @@ class SqliteStore:
 
     def _drop_surplus_replies(self, scopes: Collection[Key]) -> None:
         found = self._db.execute(
-            f"SELECT tenant, scope FROM replies WHERE (tenant, scope) IN (VALUES {_marks(scopes, 2)})"
-            f" GROUP BY tenant, scope HAVING count(*) > iif(scope = '', {TENANT_REPLIES_KEPT}, {REPLIES_KEPT})",
+            f"SELECT v.column1, v.column2 FROM (VALUES {_marks(scopes, 2)}) AS v"
+            " WHERE (SELECT count(*) FROM replies WHERE tenant = v.column1 AND scope = v.column2)"
+            f" > iif(v.column2 = '', {TENANT_REPLIES_KEPT}, {REPLIES_KEPT})",
             _flat(scopes),
         ).fetchall()
         for tenant, scope in found:
@@ -725,9 +726,11 @@ class SqliteStore:
             for position in surplus([int(one) for one in positions.split(",")], protected)
         ]
         for part in _slices(places, 512):
-            self._db.execute(
-                f"DELETE FROM snapshots WHERE (branch, graph, position) IN (VALUES {_marks(part, 3)})", _flat(part)
-            )
+            self._delete_exactly("snapshots", ("branch", "graph", "position"), part)
+
+    def _delete_exactly(self, table: str, columns: Sequence[str], rows: Collection[Sequence[Any]]) -> None:
+        found = f"SELECT t.rowid {_matching(table, columns, len(rows))}"
+        self._db.execute(f"DELETE FROM {table} WHERE rowid IN ({found})", _flat(rows))
 
     def _collect(self) -> bool:
         """Delete what no session reaches of the loose branches; returns whether there were any."""
@@ -771,7 +774,7 @@ class SqliteStore:
 
     def _cut_begin(self, branch: str, since: int) -> None:
         """Delete the entries up to `since` and the snapshots before it, which no session retains."""
-        self._delete("log", "branch = ? AND start + count <= ?", (branch, since))
+        self._delete("log", "branch = ? AND start < ? AND start + count <= ?", (branch, since, since))
         self._delete("snapshots", "branch = ? AND position < ?", (branch, since))
 
     def _delete(self, table: str, where: str, arguments: Sequence[Any]) -> None:
@@ -819,8 +822,8 @@ class SqliteStore:
         floor = max(head.epoch for head in heads)
         with _transaction(self._db):
             self._db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'epoch_floor'", (floor,))
-            for table, columns in (("sessions", "tenant, id"), ("replies", "tenant, scope")):
-                self._db.execute(f"DELETE FROM {table} WHERE ({columns}) IN (VALUES {_marks(keys, 2)})", _flat(keys))
+            self._delete_exactly("sessions", ("tenant", "id"), keys)
+            self._delete_exactly("replies", ("tenant", "scope"), keys)
         for key in keys:
             self._cache.pop(key, None)
 
@@ -1018,6 +1021,12 @@ def _reply_key(tenant: str, reply: Reply) -> ReplyKey:
 def _marks(rows: Collection[Any], width: int) -> str:
     """Placeholders of many rows."""
     return ",".join(["(" + ",".join("?" * width) + ")"] * len(rows))
+
+
+def _matching(table: str, columns: Sequence[str], rows: int) -> str:
+    """The part of a SELECT that finds many rows by an index; `(a, b) IN (VALUES ...)` reads the whole table."""
+    same = " AND ".join(f"t.{column} = v.column{i}" for i, column in enumerate(columns, 1))
+    return f"FROM (VALUES {_marks(range(rows), len(columns))}) AS v CROSS JOIN {table} AS t ON {same}"
 
 
 def _list(values: Sequence[Any]) -> str:

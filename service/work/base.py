@@ -17,7 +17,7 @@ from service import state
 from service.bundle import Manifest
 from service.errors import not_ready
 from service.state import Array, Row
-from service.store.base import Commit, Fence, Head, Key, Line, Segment, Snapshot, surplus
+from service.store.base import Commit, Fence, Head, Key, Line, Segment, Snapshot, home, surplus
 from service.tasks import Codec, Output
 from service.work.events import Event, Failed, Listener, LostRace
 
@@ -237,14 +237,19 @@ class SessionWork(Work):
 
     def committed(self, head: Head, *segments: Segment) -> Commit:
         """A commit on top of the session, with the snapshots that are due; the log's beginning is cut off with them."""
-        snapshots = [self._snapshot(head.branch, position, row) for position, row in self._noted.items()]
+        line = self.line() if self._noted else ()
+        snapshots = [self._snapshot(home(line, head.branch, at), at, row) for at, row in self._noted.items()]
         retention = self._host.keeping.log_retention
         if snapshots and retention is not None:
             first = self._first_kept(head, head.position - retention, snapshots)
             if first is not None and first.position > head.origin:
                 head = msgspec.structs.replace(head, origin=first.position)
-                snapshots += [msgspec.structs.replace(first, branch=head.branch)]
+                snapshots += [msgspec.structs.replace(first, branch=home(line, head.branch, first.position))]
         return Commit(head, self.expected, segments, tuple(snapshots))
+
+    def line(self) -> Line:
+        """What comes before the own entries of the branch that is committed to."""
+        return self._host.line(self.base.head.branch)
 
     def _first_kept(self, head: Head, floor: int, fresh: list[Snapshot]) -> Snapshot | None:
         """The newest snapshot at or before `floor`: a log is cut at a snapshot only."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import msgspec
 
 from service import state
-from service.store.base import Branch, Commit, Head, Reply, graft
+from service.store.base import Branch, Commit, Head, Line, Reply, graft
 from service.work.base import Host, Resident, SessionWork
 from service.work.events import Done, Listener
 from service.work.feed import Keyed, abandoned
@@ -62,10 +62,14 @@ class Migrate(SessionWork):
         if self.remaining or not self._switch:
             return None
         head, old = self.base.head, self._old
-        branch = Branch(head.branch, graft(self._host.line(old.branch), old.branch, old.position))
         reply = session_reply(self._keyed) if self._keyed is not None else None
+        branch = Branch(head.branch, self.line())
         commit = self.committed(head)
-        return msgspec.structs.replace(commit, expected=old.fence, branch=branch, reply=reply)
+        return msgspec.structs.replace(commit, expected=old.fence, branch=branch if branch.line else None, reply=reply)
+
+    def line(self) -> Line:
+        """The whole log so far."""
+        return graft(self._host.line(self._old.branch), self._old.branch, self._old.position)
 
     def applied(self, head: Head) -> Resident:
         """Answer."""
