@@ -10,6 +10,7 @@ import hashlib
 import heapq
 import importlib.resources
 import itertools
+import re
 import secrets
 import struct
 import threading
@@ -226,7 +227,7 @@ class _Link:
         return self._pool.get_connection()
 
     def _refused(self, error: redis.RedisError) -> StoreError:
-        if isinstance(error, redis.ReadOnlyError):
+        if _code(error) == "READONLY":
             self._pool.disconnect()  # after a fail-over the address may lead to another server
         return StoreError(_explained(error))
 
@@ -250,6 +251,8 @@ class _Link:
     def _greet(self, connection: Any) -> None:  # noqa: ANN401
         connection.on_connect()
         info = _info(_exchange(connection, [("INFO",)])[0])
+        if info.get("loading") == "1":  # until it has read its file it says of itself what is not so
+            raise redis.BusyLoadingError("LOADING Redis is loading the dataset in memory")
         with self._lock:
             run = info.get("run_id", "")
             if run != self.run:
@@ -329,25 +332,35 @@ def _level(asked: str, append_only: bool, fsync: str) -> str:
     return f"{asked} (appendonly {fsync})" if fsync != "unknown" else f"{asked} (appendonly, how often is unknown)"
 
 
+def _code(error: redis.RedisError) -> str:
+    """The word that names an error; before Redis 7 a script's error hides it within the text."""
+    if error.status_code not in (None, "ERR"):
+        return str(error.status_code)
+    found = re.search(r"(?:^|-)([A-Z]+)\b", str(error))
+    return found[1] if found is not None else ""
+
+
 def _explained(error: redis.RedisError) -> str:
     """What went wrong, and what to do about it."""
-    text = str(error)
-    for kind, start, meaning in _EXPLANATIONS:
-        if isinstance(error, kind) and text.startswith(start):
-            return f"{meaning} ({text})"
-    return text if isinstance(error, _Unfit) else f"Redis refused: {text}"
+    if isinstance(error, _Unfit):
+        return str(error)
+    meaning = _MEANINGS.get(_code(error))
+    kinds = (text for kind, text in _KINDS if isinstance(error, kind))
+    return f"{meaning or next(kinds, 'Redis refused')} ({error})"
 
 
-_EXPLANATIONS: tuple[tuple[type[redis.RedisError], str, str], ...] = (
-    (redis.OutOfMemoryError, "", "Redis is full and refuses writes: raise maxmemory, or close sessions"),
-    (redis.ReadOnlyError, "", "this Redis is a read-only replica: name the primary"),
-    (redis.BusyLoadingError, "", "Redis is still loading its data"),
-    (redis.AuthenticationError, "", "Redis does not accept the user or password"),
-    (redis.exceptions.NoPermissionError, "", "Redis does not give this user the rights that the store needs"),
-    (redis.TimeoutError, "", "Redis does not answer in time"),
-    (redis.ConnectionError, "", "Redis can not be reached"),
-    (redis.ResponseError, "MISCONF", "Redis can not save to its disk and refuses writes"),
-    (redis.ResponseError, "BUSY", "Redis is busy with another script"),
+_MEANINGS = {
+    "OOM": "Redis is full and refuses writes: raise maxmemory, or close sessions",
+    "READONLY": "this Redis is a read-only replica: name the primary",
+    "LOADING": "Redis is still loading its data",
+    "NOPERM": "Redis does not give this user the rights that the store needs",
+    "MISCONF": "Redis can not save to its disk and refuses writes",
+    "BUSY": "Redis is busy with another script",
+}
+_KINDS = (
+    (redis.AuthenticationError, "Redis does not accept the user or password"),
+    (redis.TimeoutError, "Redis does not answer in time"),
+    (redis.ConnectionError, "Redis can not be reached"),
 )
 
 
