@@ -29,7 +29,7 @@ from service.store.base import (
     graft,
 )
 from service.work.events import Done, Listener, Token, Verdict
-from service.work.feed import Keyed, abandoned
+from service.work.feed import Keyed
 from service.work.look import Peek, Verify
 from service.work.migrate import Migrate, session_reply
 
@@ -69,9 +69,18 @@ class History:
                 raise _truncated(head)
             to = min(begin + limit, head.position)
             segments = await asyncio.to_thread(self._store.log, head.branch, begin, to) if to > begin else []
+            if sum(segment.count for segment in segments) < to - begin:
+                await self._explain(key, head)
             return model, head, segments
 
         return await self._sessions.read(key, look)
+
+    async def _explain(self, key: Key, head: Head) -> None:
+        """Entries are missing: the session was moved since its head was read, or they are lost."""
+        newest = await self._sessions.head(key)
+        if newest.fence != head.fence:
+            raise Race(newest)
+        raise Problem("internal", "the session's log is damaged; nothing was changed")
 
     async def verify(self, key: Key, position: int | None) -> Verdict:
         """Fold the retained log again and compare with snapshots and the state in memory."""
@@ -121,7 +130,7 @@ class History:
             _must_reach(head, position)
             head = await self._sessions.abandon(head)
             branch = await self._branch(head, position)
-            generation = abandoned(head)
+            generation = head.generation
             back = msgspec.structs.replace(
                 head,
                 epoch=head.epoch + 1,

@@ -254,7 +254,12 @@ async def _join(request: Request, reply: Reply) -> Replay | None:
     head = await sessions.stored(key)
     if head is None or head.status != "live" or not _is_about(head, reply):
         return None
-    joined = await sessions.events(key, head.epoch, reply.start)
+    try:
+        joined = await sessions.events(key, head.epoch, reply.start)
+    except Problem as problem:
+        if problem.code != "log_truncated":
+            raise
+        return None  # rewound since its head was read
     if joined is None or _is_about(joined.head, reply):
         return joined
     if joined.reader is not None:
