@@ -1,19 +1,21 @@
 """Which models are served, and what is said of those that are not."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny import copied, with_other_weights
 
 from service.errors import Problem
-from service.registry import Registry
+from service.registry import Registry, Reloaded
 from service.settings import Settings
-from service.store.base import Head
+from service.store.base import Commit, Head, StoreError
 from service.store.memory import MemoryStore
 
 
-def registry(folder: Path) -> Registry:
-    return Registry(Settings(models_dir=folder, store="memory"), MemoryStore(), lambda events: None)
+def registry(folder: Path, store: MemoryStore | None = None) -> Registry:
+    return Registry(Settings(models_dir=folder, store="memory"), store or MemoryStore(), lambda events: None)
 
 
 @pytest.fixture
@@ -82,3 +84,95 @@ def test_a_session_has_the_very_graph_it_began_with(folder: Path) -> None:
 
 def test_no_folder_is_no_models(tmp_path: Path) -> None:
     assert registry(tmp_path / "nothing").versions() == {}
+
+
+# ---------------------------------------------------------------------- looking again
+
+
+class FailingStore(MemoryStore):
+    """A store that can not say who lives."""
+
+    def lives(self, model: str, version: int) -> bool:
+        raise StoreError("the disk is gone")
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def serving(folder: Path, store: MemoryStore) -> Iterator[Registry]:
+    """A registry whose engines run."""
+    found = registry(folder, store)
+    found.start()
+    yield found
+    found.stop()
+
+
+def test_a_reload_without_a_change_changes_nothing(serving: Registry) -> None:
+    before = serving.versions()
+    assert serving.reload() == Reloaded()
+    assert serving.versions() == before
+
+
+def test_a_reload_finds_new_versions_and_new_models(serving: Registry, folder: Path, models: Path) -> None:
+    copied(models / "tiny-tags" / "1", folder / "tiny-tags" / "10")
+    copied(models / "tiny-people" / "1", folder / "people" / "3")
+    assert sorted(serving.reload().loaded) == ["people/3", "tiny-tags/10"]
+    assert serving.get("tiny-tags").bundle.manifest.version == 10 and list(serving.versions()["people"]) == [3]
+
+
+def test_a_reload_lets_go_of_what_nobody_needs(serving: Registry, folder: Path, store: MemoryStore) -> None:
+    store.commit([Commit(head(serving, 1), None)])
+    shutil.rmtree(folder / "tiny-tags")
+    shutil.rmtree(folder / "tiny-single")
+    assert serving.reload() == Reloaded(unloaded=["tiny-single/1", "tiny-tags/2"], kept=["tiny-tags/1"])
+    assert serving.of(head(serving, 1)).bundle.manifest.version == 1
+    assert list(serving.versions()) == ["tiny-tags"]
+    assert serving.get("tiny-tags").bundle.manifest.version == 1
+
+
+def test_a_reload_keeps_what_has_changed_under_its_version(serving: Registry, folder: Path, models: Path) -> None:
+    graph = serving.get("tiny-tags", 2).bundle.manifest.graph_sha256
+    shutil.rmtree(folder / "tiny-tags" / "2")
+    with_other_weights(models / "tiny-tags" / "2", folder / "tiny-tags" / "2")
+    report = serving.reload()
+    assert list(report.skipped) == ["tiny-tags/2"] == list(serving.problems)
+    assert report.loaded == report.unloaded == []
+    assert serving.get("tiny-tags", 2).bundle.manifest.graph_sha256 == graph
+
+
+def test_a_reload_keeps_what_was_damaged_on_disk(serving: Registry, folder: Path) -> None:
+    (folder / "tiny-tags" / "2" / "model.onnx").write_bytes(b"")
+    assert "still served" in serving.reload().skipped["tiny-tags/2"]
+    assert serving.get("tiny-tags").bundle.manifest.version == 2
+
+
+def test_what_was_skipped_is_loaded_once_it_is_right(serving: Registry, folder: Path, models: Path) -> None:
+    broken = copied(models / "tiny-tags" / "1", folder / "tiny-tags" / "3")
+    graph = (broken / "model.onnx").read_bytes()
+    (broken / "model.onnx").write_bytes(b"")
+    assert list(serving.reload().skipped) == ["tiny-tags/3"]
+    (broken / "model.onnx").write_bytes(graph)
+    assert serving.reload() == Reloaded(loaded=["tiny-tags/3"])
+    assert serving.problems == {}
+
+
+def test_nothing_is_let_go_while_the_store_can_not_be_read(folder: Path) -> None:
+    found = registry(folder, FailingStore())
+    found.start()
+    shutil.rmtree(folder / "tiny-tags")
+    with pytest.raises(StoreError):
+        found.reload()
+    assert list(found.versions()["tiny-tags"]) == [1, 2]
+    found.stop()
+
+
+def test_a_graph_names_its_version(serving: Registry) -> None:
+    graph = serving.get("tiny-tags", 1).bundle.manifest.graph_sha256
+    assert serving.with_graph("tiny-tags", graph).bundle.manifest.version == 1
+    for name in ("tiny-single", "nothing"):
+        with pytest.raises(Problem) as refused:
+            serving.with_graph(name, graph)
+        assert refused.value.code == "state_mismatch"

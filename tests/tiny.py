@@ -3,9 +3,15 @@
 torch is imported by the function that builds the bundles, and nowhere else here.
 """
 
+import hashlib
+import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import safetensors.numpy
 
 from service import bundle
 from service.bundle import Bundle, Manifest
@@ -138,3 +144,55 @@ def some_inputs(manifest: Manifest, count: int, seed: int = 0) -> list[Any]:
 
 def _some_value(feature: bundle.Feature, rng: random.Random) -> float:
     return float(rng.randrange(int(feature.period))) if feature.period else rng.gauss(feature.mean, feature.std)
+
+
+# ---------------------------------------------------------------------- bundles made from others
+
+
+def copied(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a bundle as another name or version, with changes to its manifest."""
+    shutil.copytree(source, target)
+    file = target / bundle.MANIFEST
+    manifest = json.loads(file.read_text()) | {"name": target.parent.name, "version": int(target.name)}
+    file.write_text(json.dumps(manifest | changes))
+    return target
+
+
+def with_other_weights(source: Path, target: Path, factor: float = 1.25) -> Path:
+    """A copy of a tiny bundle whose layers remember otherwise."""
+    import onnx
+
+    graph = onnx.load(source / bundle.GRAPH)
+    for weights in graph.graph.initializer:
+        if weights.name.endswith(".hidden"):
+            changed = onnx.numpy_helper.to_array(weights) * np.float32(factor)
+            weights.CopyFrom(onnx.numpy_helper.from_array(changed, weights.name))
+    golden = safetensors.numpy.load((source / bundle.GOLDEN).read_bytes())
+    return with_graph(copied(source, target), graph.SerializeToString(), golden["input"])
+
+
+def with_graph(path: Path, graph: bytes, example: "np.ndarray[Any, Any]") -> Path:
+    """Put a graph into a bundle, and what it answers to an example as the golden one."""
+    file = path / bundle.MANIFEST
+    manifest = json.loads(file.read_text())
+    golden = safetensors.numpy.save({"input": example, **_answers(manifest, graph, example)})
+    for name, content in ((bundle.GRAPH, graph), (bundle.GOLDEN, golden)):
+        (path / name).write_bytes(content)
+        manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    file.write_text(json.dumps(manifest))
+    return path
+
+
+def _answers(manifest: dict[str, Any], graph: bytes, example: "np.ndarray[Any, Any]") -> dict[str, Any]:
+    """Outputs and states after the example from the initial state, by the golden example's names."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    batch = example.shape[1]
+    feed = {manifest["inputs"][0]["name"]: example}
+    for spec in manifest["states"]:
+        shape = [batch if axis == "B" else axis for axis in spec["shape"]]
+        feed[spec["input"]] = np.full(shape, spec.get("initial", 0.0), spec.get("dtype", "float32"))
+    names = {spec["name"]: f"torch.output.{spec['name']}" for spec in manifest["outputs"]}
+    names |= {spec["output"]: f"torch.state.{spec['name']}" for spec in manifest["states"]}
+    return dict(zip(names.values(), session.run(list(names), feed), strict=True))

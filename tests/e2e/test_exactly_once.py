@@ -412,6 +412,30 @@ def test_of_two_creations_at_once_one_is_done(server: Server, name: str) -> None
     assert len({answer.json()["id"] for answer in answers}) == 1
 
 
+def test_forks_of_a_session_that_is_rewound_all_the_while(server: Server, name: str) -> None:
+    """A fork that loses the race against a rewind is tried again, and made once."""
+    server.steps(name, "abcdef", model=MODEL)
+    before = ids(server)
+
+    def rewind(_: int) -> int:
+        return server.post(f"/v1/sessions/{name}/rewind", {"position": 3}).status_code
+
+    def fork(i: int) -> httpx.Response:
+        for _ in range(10):
+            answer = server.post(f"/v1/sessions/{name}/fork", {"position": 3}, f"{name}-{i}")
+            if answer.status_code != 429:
+                break
+        return answer
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = [(pool.submit(rewind, i), pool.submit(fork, i)) for i in range(60)]
+        answers = [forked.result() for _, forked in asked]
+        assert {rewound.result() for rewound, _ in asked} == {200}
+    assert {answer.status_code for answer in answers} == {201}
+    assert ids(server) - before == {answer.json()["id"] for answer in answers}
+    assert len(ids(server) - before) == 60
+
+
 def test_another_body_at_once_is_refused(server: Server, name: str) -> None:
     server.create(MODEL, name)
     with ThreadPoolExecutor(2) as pool:
@@ -510,6 +534,7 @@ def test_a_generate_cut_by_kill_9_is_continued(as_stream: bool, mortal: Server, 
     assert mortal.state(name) == server.state(name)
 
 
+@pytest.mark.slow
 def test_a_generate_cut_by_sigterm_is_continued(fresh: MakeServer, server: Server, name: str) -> None:
     body = {"inputs": "ab", "model": MODEL, "max_tokens": 4000, "seed": 3}
     one, path = fresh().start(), f"/v1/sessions/{name}/generate"
@@ -588,6 +613,7 @@ operations = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     done=st.lists(st.tuples(operations, st.integers(0, 2), st.booleans()), min_size=1, max_size=8),

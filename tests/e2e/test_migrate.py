@@ -42,7 +42,9 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
     served = tmp_path_factory.mktemp("publish") / "models"
     for name in ("tiny-letters", "tiny-single"):
         copied(models / name / "1", served / name / "1")
-    with_other_weights(models / "tiny-single" / "1", served / "tiny-single" / "2")
+    copied(models / "tiny-weather" / "1", served / "tiny-weather" / "1")
+    for name in ("tiny-single", "tiny-weather"):
+        with_other_weights(models / name / "1", served / name / "2")
     return Folder(models, served)
 
 
@@ -208,6 +210,16 @@ def test_an_empty_session_is_migrated(folder: Folder, one: Server, name: str) ->
     assert one.ok(migrate(one, name, 2))["version"] == 2
     one.steps(name, WORDS)
     assert one.state(name) == fresh_state(one, model, 2, WORDS)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_null_takes_the_last_value_across_a_migrate(restart: bool, one: Server, name: str) -> None:
+    one.steps(name, [[10, 1], [11, 2]], model="tiny-weather", version=1)
+    one.ok(migrate(one, name, 2))
+    if restart:
+        one.restart()
+    one.steps(name, [[None, 3]])
+    assert one.state(name) == fresh_state(one, "tiny-weather", 2, [[10, 1], [11, 2], [11, 3]])
 
 
 def test_a_migrate_to_its_own_version_changes_no_bit(folder: Folder, one: Server, name: str) -> None:
