@@ -7,11 +7,12 @@ COMPLETE := $(VENV)/.complete
 INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
 NAME ?= $(RECIPE)
 
-.PHONY: help run test check bench train export clean
+.PHONY: help run test chaos check bench train export clean
 
 help:
 	@echo 'make run                    install what serving needs into $(VENV) and start the service'
 	@echo 'make test                   add training and test dependencies to $(VENV) and run the tests'
+	@echo 'make chaos                  break things under many clients and check every session; ARGS="--minutes 10" for longer'
 	@echo 'make check                  formatting, lint, types, import contracts'
 	@echo 'make bench                  steps through the service beside the bare graph, in one run'
 	@echo 'make train RECIPE=who       train by a recipe into runs/who; ARGS="--max-minutes 5" adds options'
@@ -24,6 +25,10 @@ run: $(SERVING)
 test: $(COMPLETE)
 	$(BIN)/python -m pytest $(ARGS)
 
+chaos: ARGS ?= --minutes 2
+chaos: $(COMPLETE)
+	$(BIN)/python -m pytest tests/chaos -q $(ARGS)
+
 check: $(COMPLETE)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
@@ -31,7 +36,7 @@ check: $(COMPLETE)
 	$(BIN)/lint-imports
 
 bench: $(SERVING)
-	$(BIN)/python -m benchmarks.steps $(ARGS)
+	$(BIN)/python -m benchmarks.$(or $(BENCH),steps) $(ARGS)
 
 train: $(COMPLETE)
 	@test -n '$(RECIPE)' || { echo 'which recipe? make train RECIPE=who; there are:'; $(BIN)/python -m training recipes; exit 2; }

@@ -156,6 +156,13 @@ class Replay:
     after: int
     rest: str = ""
 
+    @property
+    def key(self) -> str:
+        """The idempotency key of the request that began the generate, if it had one."""
+        work = self.reader.run.work if self.reader is not None else None
+        generation = work.generation if work is not None else self.head.generation
+        return generation.key if generation is not None else ""
+
 
 def moved(head: Head | None) -> Problem:
     """The problem of one who believed the session to stand elsewhere."""

@@ -252,7 +252,7 @@ async def _join(request: Request, reply: Reply) -> Replay | None:
     """A reader of the generate that a pending reply is about; None when the session has gone on from it."""
     sessions, key = sessions_of(request), key_of(reply.scope)
     head = await sessions.stored(key)
-    if head is None or head.status != "live" or not _is_about(head, reply):
+    if head is None or head.status != "live" or head.generation is None or head.generation.key != reply.key:
         return None
     try:
         joined = await sessions.events(key, head.epoch, reply.start)
@@ -260,15 +260,11 @@ async def _join(request: Request, reply: Reply) -> Replay | None:
         if problem.code != "log_truncated":
             raise
         return None  # rewound since its head was read
-    if joined is None or _is_about(joined.head, reply):
+    if joined is None or joined.key == reply.key:
         return joined
     if joined.reader is not None:
         joined.reader.close()
     return None
-
-
-def _is_about(head: Head, reply: Reply) -> bool:
-    return head.generation is not None and head.generation.key == reply.key
 
 
 async def _replay_ended(
