@@ -17,8 +17,13 @@ from service.settings import Settings, SettingsError, load
 from service.store.base import StoreError
 
 
+SWITCH_INTERVAL_S = 0.0005
+
+
 def main() -> int:
     """Serve; returns the exit code."""
+    # An engine that comes back from the graph or the disk waits this long at most for a busy event loop's GIL.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         settings = load()
         configure_logging(settings.log_level)
