@@ -107,6 +107,18 @@ def test_the_demonstration_prints_what_the_readme_shows(tmp_path: Path) -> None:
             assert bash(command, where, tmp_path) == answer
 
 
+@pytest.mark.slow
+def test_the_requests_of_the_durability_page_pass_twice_in_a_row(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
+    requests = "".join(block for block in blocks(page, "bash") if "curl " in block)
+    assert requests.count("curl ") >= 10
+    # The second of two steps on one position is there to be refused.
+    tolerant = requests.replace('"position": 5}\'\n', '"position": 5}\' || true\n')
+    with served(tmp_path) as where:
+        for _ in range(2):
+            assert "position_mismatch" in bash(tolerant, where, tmp_path)
+
+
 def settings_table() -> str:
     rows = ["| variable | default | |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
