@@ -21,7 +21,6 @@ from redis_server import RedisServer, server_binary
 from service.store import base as base_module
 from service.store import memory as memory_module
 from service.store import redis as redis_module
-from service.store import sqlite as sqlite_module
 from service.store.base import (
     SCHEMA_VERSION,
     TOMBSTONE_TTL_S,
@@ -49,7 +48,9 @@ from service.store.base import (
 )
 from service.store.memory import MemoryStore
 from service.store.redis import RedisStore
-from service.store.sqlite import SqliteStore
+from service.store.sqlite import SqliteStore, collect, schema, spread, tables
+from service.store.sqlite import store as sqlite_module
+from service.store.sqlite.rows import segment_row
 
 HOUR_MS = 3_600_000
 
@@ -69,7 +70,7 @@ class Clock:
             patch.setattr(module, "now_ms", self)
         patch.setattr(RedisStore, "_now", lambda store: self())
         patch.setattr(sqlite_module, "SPREAD_EVERY_S", 3600.0)
-        patch.setattr(sqlite_module, "GIVE_WAY_S", 0.0)
+        patch.setattr(tables, "GIVE_WAY_S", 0.0)
 
 
 @pytest.fixture
@@ -90,12 +91,12 @@ class Spreading:
 
     def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         results = self._store.commit(commits, snapshots)
-        self._store._spread()
+        self._store._spreader.spread()
         return list(results)
 
     def keep(self, tenant: str, reply: Reply) -> bool:
         kept = self._store.keep(tenant, reply)
-        self._store._spread()
+        self._store._spreader.spread()
         return bool(kept)
 
 
@@ -310,7 +311,7 @@ def test_epochs_are_not_used_again_after_the_tombstone_is_swept(store: Store, cl
 def flush(store: Store) -> None:
     """Move the journal to the tables, where there is one."""
     if isinstance(store, SqliteStore | Spreading):
-        store._spread()
+        store._spreader.spread()
 
 
 def test_a_tombstone_lasts_its_time(store: Store, clock: Clock) -> None:
@@ -770,7 +771,7 @@ def test_an_answer_is_kept_for_its_time(scope: str, store: Store, clock: Clock) 
 
 
 def test_the_newest_answers_of_a_session_are_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (memory_module, sqlite_module, redis_module):
+    for module in (memory_module, spread, redis_module):
         monkeypatch.setattr(module, "REPLIES_KEPT", 4)
     head = create(store)
     for i in range(4):
@@ -1154,13 +1155,13 @@ class AnySequenceInSqlite(AnySequence):
 
     def stored_snapshots(self, branch: str) -> list[int]:
         assert isinstance(self.store, SqliteStore)
-        rows = self.store._db.execute("SELECT position FROM snapshots WHERE branch = ?", (branch,))
+        rows = self.store._tables.db.execute("SELECT position FROM snapshots WHERE branch = ?", (branch,))
         return [position for (position,) in rows]
 
     def store_is_empty(self) -> None:
         assert isinstance(self.store, SqliteStore)
         for table in ("log", "snapshots", "branches", "reach", "loose", "journal"):
-            assert self.store._db.execute(f"SELECT * FROM {table}").fetchall() == []
+            assert self.store._tables.db.execute(f"SELECT * FROM {table}").fetchall() == []
 
     @rule()
     def spread(self) -> None:
@@ -1175,21 +1176,21 @@ class AnySequenceInSqlite(AnySequence):
     def fail(self, statements: int) -> None:
         """A spread that fails at some statement; what follows finds everything where it was."""
         assert isinstance(self.store, SqliteStore)
-        db = self.store._db
+        db = self.store._tables.db
         passed = iter(range(statements))
-        self.store._db = failing = Failing(db)
+        self.store._tables.db = failing = Failing(db)
         failing.fail = lambda sql: next(passed, None) is None
         with suppress(sqlite3.OperationalError):
             flush(self.store)
-        self.store._db = db
+        self.store._tables.db = db
 
     @rule(statements=st.integers(0, 40))
     def crash(self, statements: int) -> None:
         """The process dies before a statement of a spread, or after the last."""
         assert isinstance(self.store, SqliteStore)
-        db = self.store._db = Crashing(self.store._db, self.folder, statements)
+        db = self.store._tables.db = Crashing(self.store._tables.db, self.folder, statements)
         flush(self.store)
-        self.store._db = db.db
+        self.store._tables.db = db.db
         copy = db.copy or crashed(self.folder)
         self.store.close()
         shutil.rmtree(self.folder)
@@ -1265,8 +1266,8 @@ class Failing:
 
 @pytest.fixture
 def failing(sqlite: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> Failing:
-    found = Failing(sqlite._db)
-    monkeypatch.setattr(sqlite, "_db", found)
+    found = Failing(sqlite._tables.db)
+    monkeypatch.setattr(sqlite._tables, "db", found)
     return found
 
 
@@ -1354,17 +1355,17 @@ def test_a_crash_between_two_slices_loses_and_doubles_nothing(
     sqlite: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At every point of a spread the journal and the tables together hold everything once."""
-    monkeypatch.setattr(sqlite_module, "SPREAD_KEYS", 8)
+    monkeypatch.setattr(spread, "SPREAD_KEYS", 8)
     heads = filled(sqlite, 40)
     copies: list[Path] = [crashed(tmp_path / "data")]
-    original: Callable[[list[Any]], None] = sqlite._spread_slice
+    original: Callable[[list[Any]], None] = sqlite._spreader._spread_slice
 
     def slice_and_crash(keys: list[Any]) -> None:
         original(keys)
         copies.append(crashed(tmp_path / "data"))
 
-    monkeypatch.setattr(sqlite, "_spread_slice", slice_and_crash)
-    sqlite._spread()
+    monkeypatch.setattr(sqlite._spreader, "_spread_slice", slice_and_crash)
+    sqlite._spreader.spread()
     assert len(copies) == 6
     for copy in copies:
         again = SqliteStore(copy)
@@ -1379,12 +1380,12 @@ def test_a_crash_at_any_statement_of_a_spread_loses_and_leaves_nothing(
 ) -> None:
     """Rewinds, forks, a closed parent, a raised origin, answers: the next start puts all in its place."""
     heads = family(sqlite)
-    sqlite._spread()
+    sqlite._spreader.spread()
     heads = later(sqlite, heads)
-    journal = CopyingAlways(sqlite._db, tmp_path / "data")
+    journal = CopyingAlways(sqlite._tables.db, tmp_path / "data")
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "_db", journal)
-        sqlite._spread()
+        patch.setattr(sqlite._tables, "db", journal)
+        sqlite._spreader.spread()
     assert len(journal.copies) > 30
     for copy in (*journal.copies, crashed(tmp_path / "data")):
         again = SqliteStore(copy)
@@ -1420,11 +1421,11 @@ def check_family(store: SqliteStore, heads: dict[str, Head]) -> None:
         assert entries(store, heads[id].branch, heads[id].origin, 99) == log
     assert [newest(store, heads[id].branch, 4).position for id in logs] == [3, 3, 3]
     assert newest(store, heads["b"].branch).data == b"beside" and store.reply("", "c", "k") is not None
-    branches = store._db.execute(
+    branches = store._tables.db.execute(
         "SELECT branch, max(start + count) FROM log GROUP BY branch ORDER BY branch"
     ).fetchall()
     assert branches == [("a-1", 8), ("b-2", 6), ("c-1", 10), ("d-1", 11)]
-    assert newest(store, "e-1") is None and store._db.execute("SELECT * FROM loose").fetchall() == []
+    assert newest(store, "e-1") is None and store._tables.db.execute("SELECT * FROM loose").fetchall() == []
 
 
 def test_an_origin_that_is_raised_during_a_spread_keeps_its_snapshot(
@@ -1433,7 +1434,7 @@ def test_an_origin_that_is_raised_during_a_spread_keeps_its_snapshot(
     head = create(sqlite)
     for _ in range(12):
         head = applied(sqlite, grown(head, b"x", snapshot=b"s"))
-    original = sqlite._spread_slice
+    original = sqlite._spreader._spread_slice
 
     def slice_and_raise(keys: list[Any]) -> None:
         original(keys)
@@ -1441,18 +1442,86 @@ def test_an_origin_that_is_raised_during_a_spread_keeps_its_snapshot(
         original([raised.key])
 
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "_spread_slice", slice_and_raise)
-        sqlite._spread()
+        patch.setattr(sqlite._spreader, "_spread_slice", slice_and_raise)
+        sqlite._spreader.spread()
     assert sqlite.snapshots(head.branch, 0, 99, "g") == [5, 8, 9, 10, 11]
     copy = crashed(tmp_path / "data")
     again = SqliteStore(copy)
     head = again.head(("", "a"))
     for _ in range(6):
         head = applied(again, grown(head, b"x", snapshot=b"s"))
-    again._spread()
+    again._spreader.spread()
     assert again.snapshots(head.branch, 0, 99, "g") == [5, 14, 15, 16, 17]
     again.close()
     shutil.rmtree(copy)
+
+
+def test_no_statement_reads_a_whole_table(sqlite: SqliteStore, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is done, what it costs does not grow with the number of sessions."""
+    statements: list[tuple[str, Any]] = []
+    db = sqlite._tables.db
+    recording = Failing(db)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            recording, "execute", lambda sql, *more: (statements.append((sql, more)), db.execute(sql, *more))[1]
+        )
+        patch.setattr(sqlite._tables, "db", recording)
+        everything(sqlite, clock)
+    plans = {
+        (sql, row[3])
+        for sql, more in statements
+        if sql.startswith(("SELECT", "DELETE", "UPDATE", "INSERT", "\nSELECT", "\nINSERT"))
+        for row in db.execute("EXPLAIN QUERY PLAN " + sql, *more)
+    }
+    scanned = {detail.split()[1] for _, detail in plans if detail.startswith("SCAN ")}
+    tables = {"journal", "sessions", "log", "snapshots", "branches", "reach", "replies"}
+    assert scanned & (tables | {"t", "b", "r"}) == set()
+    assert len(plans) > 40
+
+
+def test_the_end_of_a_long_log_is_not_read_from_its_beginning(sqlite: SqliteStore) -> None:
+    segments = [Segment("b", 10 * i, 10, "fed", bytes([i % 256]) * 10, "n", ((10, 5),)) for i in range(3000)]
+    sqlite._tables.insert("log", [segment_row(one) for one in segments])
+    assert [one.start for one in sqlite.log("b", 29_985, 30_000)] == [29_985]
+    assert work_of(sqlite, 29_985) < 2 * work_of(sqlite, 5)
+
+
+def work_of(store: SqliteStore, after: int) -> int:
+    """How many instructions of SQLite's a short read takes."""
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    store._tables.db.set_progress_handler(count, 1)
+    assert sum(one.count for one in store.log("b", after, after + 15)) == 15
+    store._tables.db.set_progress_handler(None, 1)
+    return steps
+
+
+def everything(store: SqliteStore, clock: Clock) -> None:
+    heads = family(store)
+    store._spreader.spread()
+    heads = later(store, heads)
+    for _ in range(8):
+        heads["b"] = applied(store, grown(heads["b"], b"x", snapshot=b"s"))
+    store._spreader.spread()
+    applied(store, Commit(head_of(store, "f", ttl_s=1), None))
+    for id in "bcd":
+        store.snapshot(heads[id].branch, 99, "g")
+        store.snapshots(heads[id].branch, 0, 99, "g")
+        store.forks(("", id), 1)
+        store.reply("", id, "none")
+    store.heads("", None, "", 9)
+    store.heads("", "m", "", 9)
+    store.lives("m", 9)
+    store._spreader.spread()
+    for _ in range(2):
+        clock.now += TOMBSTONE_TTL_S * 1000 + 1
+        store.sweep()
+        store._spreader.spread()
+    assert store.head(("", "a")) is None
 
 
 class CopyingAlways:
@@ -1474,14 +1543,14 @@ class CopyingAlways:
 
 def test_a_spread_that_fails_anywhere_is_made_good_by_the_next(sqlite: SqliteStore, failing: Failing) -> None:
     heads = family(sqlite)
-    sqlite._spread()
+    sqlite._spreader.spread()
     heads = later(sqlite, heads)
     failures = 0
     for statement in range(100):
         passed = iter(range(statement))
         failing.fail = lambda sql, passed=passed: sql != "ROLLBACK" and next(passed, None) is None
         try:
-            sqlite._spread()
+            sqlite._spreader.spread()
         except sqlite3.OperationalError:
             failures += 1
         else:
@@ -1493,35 +1562,35 @@ def test_a_spread_that_fails_anywhere_is_made_good_by_the_next(sqlite: SqliteSto
 
 def test_a_plain_session_needs_no_rows_but_its_own(sqlite: SqliteStore) -> None:
     heads = [applied(sqlite, grown(create(sqlite, f"s{i}"), b"abc", snapshot=b"s")) for i in range(5)]
-    sqlite._spread()
+    sqlite._spreader.spread()
     for table in ("branches", "reach", "loose"):
-        assert sqlite._db.execute(f"SELECT * FROM {table}").fetchall() == []
+        assert sqlite._tables.db.execute(f"SELECT * FROM {table}").fetchall() == []
     for head in heads:
         delete(sqlite, head)
-    sqlite._spread()
+    sqlite._spreader.spread()
     for table in ("branches", "reach", "loose", "log", "snapshots"):
-        assert sqlite._db.execute(f"SELECT * FROM {table}").fetchall() == []
+        assert sqlite._tables.db.execute(f"SELECT * FROM {table}").fetchall() == []
 
 
 def test_a_long_log_is_deleted_in_slices(sqlite: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_module, "DELETED_AT_ONCE", 3)
+    monkeypatch.setattr(collect, "DELETED_AT_ONCE", 3)
     head = create(sqlite)
     for _ in range(10):
         head = applied(sqlite, grown(head, b"x"))
-        sqlite._spread()
+        sqlite._spreader.spread()
     delete(sqlite, head)
-    sqlite._spread()
-    assert sqlite._db.execute("SELECT count(*) FROM log").fetchone() == (0,)
+    sqlite._spreader.spread()
+    assert sqlite._tables.db.execute("SELECT count(*) FROM log").fetchone() == (0,)
 
 
 def test_the_oldest_answers_are_dropped_from_the_table(sqlite: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_module, "REPLIES_KEPT", 4)
-    monkeypatch.setattr(sqlite_module, "TENANT_REPLIES_KEPT", 2)
+    monkeypatch.setattr(spread, "REPLIES_KEPT", 4)
+    monkeypatch.setattr(spread, "TENANT_REPLIES_KEPT", 2)
     create(sqlite)
     for i in range(6):
         assert sqlite.keep("", Reply("a", f"k{i}", b"d", "body")) and sqlite.keep("", Reply("", f"k{i}", b"d", "body"))
-    sqlite._spread()
-    rows = sqlite._db.execute("SELECT scope, key FROM replies ORDER BY scope, key").fetchall()
+    sqlite._spreader.spread()
+    rows = sqlite._tables.db.execute("SELECT scope, key FROM replies ORDER BY scope, key").fetchall()
     assert rows == [("", "k4"), ("", "k5"), ("a", "k2"), ("a", "k3"), ("a", "k4"), ("a", "k5")]
 
 
@@ -1644,7 +1713,7 @@ def test_a_migrated_session_goes_on(old_file: Path, clock: Clock) -> None:
     head = applied(store, answered(grown(store.head(("", "a")), b"f"), "k"))
     fork = applied(store, forked(store, head, "fork", 4))
     delete(store, head)
-    store._spread()
+    store._spreader.spread()
     assert entries(store, fork.branch, 0, 9) == b"abcd" and newest(store, fork.branch).position == 4
     assert store.reply("", "a", "k") is not None
     store.close()
@@ -1655,7 +1724,7 @@ def test_a_migration_that_is_cut_off_is_done_again(statement: int, old_file: Pat
     with sqlite3.connect(old_file / "sessions.sqlite", isolation_level=None) as db:
         db.execute("PRAGMA journal_mode=WAL")
         cut_off = Crashing(db, old_file, statement)
-        sqlite_module._prepare_schema(cut_off)
+        schema.prepare(cut_off)
     db.close()
     assert cut_off.copy is not None
     test_data_of_schema_1_is_migrated(cut_off.copy, clock)
@@ -1664,19 +1733,19 @@ def test_a_migration_that_is_cut_off_is_done_again(statement: int, old_file: Pat
 
 def test_a_crash_within_a_slice_leaves_it_undone(sqlite: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     heads = filled(sqlite, 20)
-    original = sqlite._insert
+    original = sqlite._tables.insert
 
     def insert_some(table: str, rows: Any) -> None:  # noqa: ANN401
         original(table, rows)
         if table == "snapshots":
             raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(sqlite, "_insert", insert_some)
+    monkeypatch.setattr(sqlite._tables, "insert", insert_some)
     with pytest.raises(sqlite3.OperationalError):
-        sqlite._spread()
+        sqlite._spreader.spread()
     check_filled(sqlite, heads)
     monkeypatch.undo()
-    sqlite._spread()
+    sqlite._spreader.spread()
     check_filled(sqlite, heads)
 
 
@@ -1689,17 +1758,17 @@ def journal_of(folder: Path) -> int:
 
 
 def test_commits_during_a_spread_are_kept(sqlite: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_module, "SPREAD_KEYS", 2)
+    monkeypatch.setattr(spread, "SPREAD_KEYS", 2)
     heads = {id: create(sqlite, id) for id in "abcdef"}
-    original = sqlite._spread_slice
+    original = sqlite._spreader._spread_slice
 
     def slice_and_commit(keys: list[Any]) -> None:
         original(keys)
         results = sqlite.commit([grown(head, b"x") for head in heads.values()])
         heads.update({r.head.id: r.head for r in results if isinstance(r, Applied)})
 
-    monkeypatch.setattr(sqlite, "_spread_slice", slice_and_commit)
-    sqlite._spread()
+    monkeypatch.setattr(sqlite._spreader, "_spread_slice", slice_and_commit)
+    sqlite._spreader.spread()
     copy = crashed(tmp_path / "data")
     again = SqliteStore(copy)
     for store in (sqlite, again):
@@ -1712,13 +1781,13 @@ def test_commits_during_a_spread_are_kept(sqlite: SqliteStore, tmp_path: Path, m
 
 def test_a_full_disk_refuses_the_commit_and_applies_nothing(sqlite: SqliteStore) -> None:
     head = applied(sqlite, grown(create(sqlite), b"abc"))
-    pages = sqlite._db.execute("PRAGMA page_count").fetchone()[0]
-    sqlite._db.execute(f"PRAGMA max_page_count={pages}")
+    pages = sqlite._tables.db.execute("PRAGMA page_count").fetchone()[0]
+    sqlite._tables.db.execute(f"PRAGMA max_page_count={pages}")
     with pytest.raises(StoreError, match="full"):
         sqlite.commit([grown(head, b"x" * 100_000)])
     assert sqlite.head(("", "a")) == head and entries(sqlite, head.branch, 0, 999) == b"abc"
     assert sqlite.check() is None or "full" in str(sqlite.check())
-    sqlite._db.execute("PRAGMA max_page_count=100000")
+    sqlite._tables.db.execute("PRAGMA max_page_count=100000")
     assert applied(sqlite, grown(head, b"x" * 100_000)).position == 100_003
     assert sqlite.check() is None
     assert entries(sqlite, head.branch, 0, 10**6) == b"abc" + b"x" * 100_000
@@ -1789,7 +1858,7 @@ def test_a_file_that_can_not_be_written_is_refused(tmp_path: Path, monkeypatch: 
         db.execute("PRAGMA query_only=ON")
         return db
 
-    monkeypatch.setattr(sqlite_module.sqlite3, "connect", read_only)
+    monkeypatch.setattr(schema.sqlite3, "connect", read_only)
     with pytest.raises(StoreError, match=r"can not be opened.*readonly"):
         SqliteStore(tmp_path)
     monkeypatch.undo()
@@ -1828,8 +1897,8 @@ def read_everything(folder: Path, heads: Sequence[Head]) -> None:
 
 def test_damage_is_told_until_the_end(sqlite: SqliteStore) -> None:
     head = applied(sqlite, grown(create(sqlite), b"abc"))
-    sqlite._spread()
-    sqlite._db.execute("UPDATE log SET segment = x'c1'")
+    sqlite._spreader.spread()
+    sqlite._tables.db.execute("UPDATE log SET segment = x'c1'")
     with pytest.raises(StoreError):
         sqlite.log(head.branch, 0, 9)
     applied(sqlite, grown(head, b"x"))
@@ -1842,7 +1911,7 @@ def test_a_transaction_that_can_not_be_ended_takes_no_commit_with_it(
     head = create(sqlite)
     failing.fail = lambda sql: sql in ("COMMIT", "ROLLBACK")
     with pytest.raises(sqlite3.OperationalError):
-        sqlite._spread()
+        sqlite._spreader.spread()
     failing.fail = lambda sql: False
     head = applied(sqlite, grown(head, b"abc"))
     copy = crashed(tmp_path / "data")
@@ -1852,9 +1921,9 @@ def test_a_transaction_that_can_not_be_ended_takes_no_commit_with_it(
     shutil.rmtree(copy)
     failing.fail = lambda sql: sql in ("COMMIT", "ROLLBACK")
     with pytest.raises(sqlite3.OperationalError):
-        sqlite._spread()
+        sqlite._spreader.spread()
     failing.fail = lambda sql: False
-    sqlite._spread()
+    sqlite._spreader.spread()
     assert entries(sqlite, head.branch, 0, 9) == b"abc"
 
 
@@ -1866,12 +1935,12 @@ def test_a_spread_that_failed_half_way_doubles_nothing_after_a_crash(
     failing.fail = lambda sql: sql.startswith("DELETE FROM journal")
     for data in (b"de", b"f"):
         with pytest.raises(sqlite3.OperationalError):
-            sqlite._spread()
+            sqlite._spreader.spread()
         head = applied(sqlite, grown(head, data))
     copy = crashed(tmp_path / "data")
     again = SqliteStore(copy)
     assert entries(again, head.branch, 0, 9) == b"abcdef"
-    assert [row[0] for row in again._db.execute("SELECT start FROM log ORDER BY start")] == [0, 3, 5]
+    assert again._tables.db.execute("SELECT start, count FROM log").fetchall() == [(0, 6)]
     again.close()
     shutil.rmtree(copy)
     failing.fail = lambda sql: False
@@ -1881,10 +1950,10 @@ def test_the_answers_of_a_forgotten_session_are_deleted(clock: Clock, tmp_path: 
     store = SqliteStore(tmp_path, idempotency_ttl_s=10 * TOMBSTONE_TTL_S)
     delete(store, applied(store, answered(Commit(head_of(store), None), "k")))
     applied(store, answered(Commit(head_of(store, "b"), None), "k"))
-    store._spread()
+    store._spreader.spread()
     clock.now += TOMBSTONE_TTL_S * 1000 + 1
     assert store.sweep() == 1
-    assert store._db.execute("SELECT scope FROM replies").fetchall() == [("b",)]
+    assert store._tables.db.execute("SELECT scope FROM replies").fetchall() == [("b",)]
     store.close()
 
 
@@ -1892,9 +1961,95 @@ def test_many_tokens_of_a_session_become_one_row(sqlite: SqliteStore) -> None:
     head = create(sqlite)
     for i in range(50):
         head = applied(sqlite, grown(head, bytes([i]), "generated"))
-    sqlite._spread()
-    assert sqlite._db.execute("SELECT count(*), sum(count) FROM log").fetchone() == (1, 50)
-    assert sqlite._db.execute("SELECT count(*) FROM journal").fetchone() == (0,)
+    sqlite._spreader.spread()
+    assert sqlite._tables.db.execute("SELECT count(*), sum(count) FROM log").fetchone() == (1, 50)
+    assert sqlite._tables.db.execute("SELECT count(*) FROM journal").fetchone() == (0,)
+
+
+def test_entries_that_come_now_and_then_share_rows(sqlite: SqliteStore) -> None:
+    """One entry a spread costs bytes, not a row: a short last row takes in what follows it."""
+    head, other = create(sqlite), create(sqlite, "other")
+    for i in range(200):
+        head = applied(sqlite, grown(head, bytes([i])))
+        other = applied(sqlite, grown(other, bytes([i]), "generated" if i % 2 else "fed"))
+        sqlite._spreader.spread()
+    db = sqlite._tables.db
+    rows = db.execute("SELECT count(*), max(length(segment)) FROM log WHERE branch = ?", (head.branch,)).fetchone()
+    assert rows[0] < 10 and rows[1] < 2 * spread.SHORT_ROW
+    assert db.execute("SELECT count(*) FROM log WHERE branch = ?", (other.branch,)).fetchone() == (200,)
+    for branch in (head.branch, other.branch):
+        for after in (0, 7, 100):
+            assert entries(sqlite, branch, after, 150) == bytes(range(after, 150))
+    assert sum(count for one in sqlite.log(head.branch, 0, 200) for count, _ in one.at_ms) == 200
+
+
+@pytest.mark.parametrize("position", [5, 6])
+def test_rows_are_not_joined_over_a_rewind(position: int, sqlite: SqliteStore) -> None:
+    head = applied(sqlite, grown(create(sqlite), b"abc"))
+    sqlite._spreader.spread()
+    head = applied(sqlite, grown(head, b"def"))
+    back = applied(sqlite, grown(applied(sqlite, rewound(sqlite, head, position)), b"x"))
+    sqlite._spreader.spread()
+    back = applied(sqlite, grown(back, b"y"))
+    sqlite._spreader.spread()
+    assert entries(sqlite, back.branch, 0, 99) == b"abcdef"[:position] + b"xy"
+    rows = sqlite._tables.db.execute("SELECT branch, start, count FROM log ORDER BY branch").fetchall()
+    assert rows == [(head.branch, 0, position), (back.branch, position, 2)]
+
+
+def test_a_crash_while_a_row_takes_in_what_follows_doubles_nothing(sqlite: SqliteStore, tmp_path: Path) -> None:
+    head = applied(sqlite, grown(create(sqlite), b"ab"))
+    sqlite._spreader.spread()
+    head = applied(sqlite, grown(head, b"cd"))
+    journal = CopyingAlways(sqlite._tables.db, tmp_path / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite._tables, "db", journal)
+        sqlite._spreader.spread()
+    assert len(journal.copies) > 5
+    for copy in (*journal.copies, crashed(tmp_path / "data")):
+        again = SqliteStore(copy)
+        assert entries(again, head.branch, 0, 99) == b"abcd"
+        assert again._tables.db.execute("SELECT start, count FROM log").fetchall() == [(0, 4)]
+        again.close()
+        shutil.rmtree(copy)
+
+
+def test_the_write_ahead_log_does_not_grow_beside_steady_commits(
+    sqlite: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commits that never pause leave no moment at which it is copied whole: the store makes one."""
+    monkeypatch.setattr(tables, "LONG_WAL", 64)
+    head, stop = create(sqlite), threading.Event()
+
+    def feed() -> None:
+        nonlocal head
+        while not stop.is_set():
+            head = applied(sqlite, grown(head, bytes(2000)))
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    sizes = []
+    for _ in range(40):
+        before = head.position
+        while head.position < before + 20 * 2000:
+            time.sleep(0.001)
+        sqlite._spreader.spread()
+        sizes.append((tmp_path / "data" / "sessions.sqlite-wal").stat().st_size)
+    stop.set()
+    feeder.join(10)
+    assert max(sizes[20:]) < 1.5 * max(sizes[:20])
+
+
+def test_a_file_that_can_not_be_synced_is_told(sqlite: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(tables, "LONG_WAL", 1)
+    monkeypatch.setattr(tables.os, "fsync", fail)
+    head = applied(sqlite, grown(create(sqlite), b"abc"))
+    with pytest.raises(sqlite3.OperationalError, match="Input/output"):
+        sqlite._spreader.spread()
+    assert entries(sqlite, head.branch, 0, 9) == b"abc"
 
 
 def test_the_journal_is_spread_in_the_background(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

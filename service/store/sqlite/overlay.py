@@ -1,0 +1,157 @@
+"""What lies in memory over the tables: what the journal holds and they do not yet, and heads that were read lately."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from service.store.base import Commit, Head, Key, Line, Reply, Segment, Snapshot
+from service.store.sqlite.rows import Batch, ReplyKey, reply_key
+
+CACHED_HEADS = 16_384
+
+
+@dataclass(slots=True)
+class Unspread:
+    """What the journal holds of one session and the tables do not yet."""
+
+    head: Head
+    seq: int
+    segments: list[Segment] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    branches: set[str] = field(default_factory=set)
+
+    def add(self, commit: Commit, seq: int) -> set[str]:
+        """Take a commit in; returns the branches that it writes to."""
+        self.head, self.seq = commit.head, seq
+        self.segments.extend(commit.segments)
+        self.snapshots.extend(commit.snapshots)
+        written = {one.branch for one in commit.segments} | {one.branch for one in commit.snapshots}
+        self.branches |= written
+        return written
+
+
+@dataclass(slots=True)
+class Moves:
+    """What the journal says of branches and the tables do not yet."""
+
+    begun: dict[str, Line] = field(default_factory=dict)
+    origins: dict[str, int] = field(default_factory=dict)
+    """branch -> after which position its session's log begins, where that is not 0"""
+    ended: set[str] = field(default_factory=set)
+
+    def add(self, commit: Commit, stored: Head | None) -> None:
+        """Take a commit in; `stored` is the head before it, None when that is not known."""
+        head = commit.head
+        if commit.left:
+            self.ended.add(commit.left)
+        if commit.branch is not None and commit.branch.line:
+            self.begun[commit.branch.id] = commit.branch.line
+        known = stored is not None and (stored.branch, stored.origin) == (head.branch, head.origin)
+        if head.status == "live" and head.origin and not known:
+            self.origins[head.branch] = head.origin
+
+
+class Overlay:
+    """Everything that is read here first and in the tables after."""
+
+    def __init__(self) -> None:
+        self.seq = 0
+        """the journal's newest row"""
+        self.sessions: dict[Key, Unspread] = {}
+        self.moves = Moves()
+        self.beside: dict[str, list[Snapshot]] = {}
+        """branch -> snapshots that were written without a commit"""
+        self.replies: dict[ReplyKey, Reply] = {}
+        self._writers: dict[str, dict[Key, Unspread]] = {}
+        """branch -> the sessions that have written to it"""
+        self._cache: OrderedDict[Key, Head | None] = OrderedDict()
+
+    def take(self, seq: int, batch: Batch) -> None:
+        """Take in what was written to the journal just now."""
+        for commit in batch.commits:
+            self.moves.add(commit, self.known(commit.head.key))
+            self._remember(commit, seq)
+        self._take_rest(seq, batch)
+
+    def take_again(self, seq: int, batch: Batch, spread_to: Callable[[Key], int]) -> None:
+        """Take in a row that is replayed; the tables hold each session up to the row that `spread_to` says."""
+        for commit in batch.commits:
+            self.moves.add(commit, None)
+            if seq > spread_to(commit.head.key):
+                self._remember(commit, seq)
+        self._take_rest(seq, batch)
+
+    def _take_rest(self, seq: int, batch: Batch) -> None:
+        self.seq = max(seq, self.seq)
+        for commit in batch.commits:
+            if commit.reply is not None:
+                self._add_reply(commit.head.tenant, commit.reply)
+        for snapshot in batch.snapshots:
+            self.beside.setdefault(snapshot.branch, []).append(snapshot)
+        for tenant, reply in batch.kept:
+            self._add_reply(tenant, reply)
+
+    def _remember(self, commit: Commit, seq: int) -> None:
+        key = commit.head.key
+        entry = self.sessions.get(key)
+        if entry is None:
+            entry = self.sessions[key] = Unspread(commit.head, seq)
+        for branch in entry.add(commit, seq):
+            self._writers.setdefault(branch, {})[key] = entry
+        self._cache.pop(key, None)
+
+    def _add_reply(self, tenant: str, reply: Reply) -> None:
+        key = reply_key(tenant, reply)
+        self.replies.pop(key, None)
+        self.replies[key] = reply
+
+    def spread(self, keys: Sequence[Key]) -> None:
+        """The tables hold these sessions now."""
+        for key in keys:
+            entry = self.sessions.pop(key)
+            self.hold(key, entry.head)
+            self._forget_writer(key, entry.branches)
+
+    def _forget_writer(self, key: Key, branches: Iterable[str]) -> None:
+        for branch in branches:
+            del self._writers[branch][key]
+            if not self._writers[branch]:
+                del self._writers[branch]
+
+    def knows(self, key: Key) -> bool:
+        """Whether the stored head is in memory, or that there is none."""
+        return key in self.sessions or key in self._cache
+
+    def known(self, key: Key) -> Head | None:
+        """The stored head if it is in memory: what is asked after a write must not fail."""
+        entry = self.sessions.get(key)
+        if entry is not None:
+            return entry.head
+        if key in self._cache:
+            self._cache.move_to_end(key)
+        return self._cache.get(key)
+
+    def hold(self, key: Key, head: Head | None) -> None:
+        """Keep a head that the tables hold; of many, those asked for lately."""
+        self._cache[key] = head
+        if len(self._cache) > CACHED_HEADS:
+            self._cache.popitem(last=False)
+
+    def forget(self, key: Key) -> None:
+        """The tables do not hold the head any more."""
+        self._cache.pop(key, None)
+
+    def heads(self, tenant: str) -> list[Head]:
+        """Those of a tenant that the tables do not hold yet."""
+        return [entry.head for (of, _), entry in self.sessions.items() if of == tenant]
+
+    def segments(self, branch: str, after: int, to: int) -> list[Segment]:
+        """Those that hold positions after + 1 to `to` of one branch alone."""
+        found = [segment for entry in self._writers.get(branch, {}).values() for segment in entry.segments]
+        return [one for one in found if one.branch == branch and one.end > after and one.start < to]
+
+    def snapshots(self, branch: str, graph: str) -> list[Snapshot]:
+        """Those of one branch alone."""
+        found = [snapshot for entry in self._writers.get(branch, {}).values() for snapshot in entry.snapshots]
+        found += self.beside.get(branch, ())
+        return [one for one in found if (one.branch, one.graph) == (branch, graph)]
