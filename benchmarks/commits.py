@@ -18,7 +18,7 @@ from benchmarks.served import quantiles
 from service.store.base import Applied, Commit, Generation, Head, Segment, Store
 
 SIZES = (1, 64, 256)
-SPIN_S = 100e-6
+SPIN_S = 300e-6
 LIMIT_S = 5.0
 TICK_S = 0.002
 """what the graph takes between two commits; the interpreter is free meanwhile"""

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.commits import SIZES, busy_loop, commits_ms
 from benchmarks.served import Served, finish, say, table
+from service.__main__ import SWITCH_INTERVAL_S
 from service.app import open_store
 from service.settings import Settings
 from tests.redis_server import RedisServer, server_binary
@@ -119,7 +120,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--commits", type=int, default=300, help="of each size")
-    parser.add_argument("--switch-ms", type=float, default=5.0, help="sys.setswitchinterval beside the group commits")
+    own = SWITCH_INTERVAL_S * 1000
+    parser.add_argument("--switch-ms", type=float, default=own, help="sys.setswitchinterval beside the group commits")
     parser.add_argument("--stores", default="memory,sqlite commit,sqlite fsync,redis everysec")
     chosen = parser.parse_args()
     names = chosen.stores.split(",")

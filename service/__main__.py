@@ -16,7 +16,7 @@ from service.app import create_app, open_store
 from service.settings import Settings, SettingsError, load
 from service.store.base import StoreError
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 
 
 def main() -> int:
