@@ -13,7 +13,7 @@ from service.errors import Problem
 from service.registry import Model
 from service.run import Race, moved, tokens_of
 from service.sampling import MAX_SEED
-from service.session import Sessions, head_of, new_branch, new_seed
+from service.session import Sessions, head_of, new_seed
 from service.state import Row
 from service.store.base import (
     Branch,
@@ -28,6 +28,7 @@ from service.store.base import (
     Source,
     graft,
 )
+from service.work.base import NewSession, new_branch, new_head
 from service.work.events import Done, Listener, Token, Verdict
 from service.work.feed import Keyed
 from service.work.look import Peek, Verify
@@ -186,20 +187,9 @@ class History:
         row = _checked_row(manifest, file, data)
         async with self._sessions.turn(key):
             await self._sessions.must_not_live(key)
-            head = Head(
-                tenant=key[0],
-                id=key[1],
-                model=manifest.name,
-                version=manifest.version,
-                graph=manifest.graph_sha256,
-                epoch=await asyncio.to_thread(self._store.next_epoch, key),
-                position=file.position,
-                seed=file.seed,
-                branch=new_branch(),
-                ttl_s=self._sessions.default_ttl_s,
-                state_bytes=manifest.state_bytes,
-                origin=file.position,
-            )
+            new = NewSession(key, file.seed, self._sessions.default_ttl_s)
+            epoch = await asyncio.to_thread(self._store.next_epoch, key)
+            head = new_head(new, manifest, epoch, file.position)
             kept = state.dump(manifest.states, row)
             snapshot = Snapshot(head.branch, head.position, model.engine.numerics, kept, head.graph)
             return await self._sessions.put(Commit(head, None, snapshots=(snapshot,) if head.origin else ()))

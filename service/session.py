@@ -23,7 +23,7 @@ from service.sampling import MAX_SEED
 from service.state import Array
 from service.store.base import Commit, Conflict, Generation, Head, Key, Store, tombstone
 from service.turns import Place, Turn
-from service.work.base import NewSession, Work
+from service.work.base import NewSession, Work, new_head
 from service.work.events import Done, Event, Failed, Listener, LostRace, Token
 from service.work.feed import Feed, KeptAnswer, Keyed, Predict, abandoned
 from service.work.forecast import Forecast, Path
@@ -37,11 +37,6 @@ T = TypeVar("T")
 
 MANY = 1024
 """work on more items than this is done beside the event loop"""
-
-
-def new_branch() -> str:
-    """A branch of the log that nobody has."""
-    return secrets.token_hex(8)
 
 
 def new_seed() -> int:
@@ -138,21 +133,8 @@ class Sessions:
         async with self.turn(key):
             await self.must_not_live(key)
             model = self.registry.get(opening.model or "", opening.version)
-            new, manifest = self._new(key, opening), model.bundle.manifest
-            head = Head(
-                tenant=key[0],
-                id=key[1],
-                model=manifest.name,
-                version=manifest.version,
-                graph=manifest.graph_sha256,
-                epoch=await asyncio.to_thread(self.store.next_epoch, key),
-                position=0,
-                seed=new.seed,
-                branch=new_branch(),
-                ttl_s=new.ttl_s,
-                metadata=dict(new.metadata),
-                state_bytes=manifest.state_bytes,
-            )
+            epoch = await asyncio.to_thread(self.store.next_epoch, key)
+            head = new_head(self._new(key, opening), model.bundle.manifest, epoch)
             return await self.put(Commit(head, None, reply=session_reply(keyed) if keyed is not None else None))
 
     async def must_not_live(self, key: Key) -> None:

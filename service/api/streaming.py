@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ from service.api.requests import (
 from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.api.sessions import SessionId
 from service.errors import Problem, invalid
-from service.run import Reader, Replay, Run
+from service.run import Race, Reader, Replay, Run
 from service.sampling import MAX_SEED
 from service.session import Opening, new_seed
 from service.store.base import Generation, Head, Reply
@@ -234,13 +235,14 @@ async def replay_generate(request: Request, reply: Reply, body: GenerateBody) ->
         if kept is None or not kept.pending:
             break
         joined = await _join(request, kept)
-        if joined is not None and body.stream:
-            return replayed(await stream(joined))
-        if joined is not None and joined.reader is not None:
-            try:
-                await joined.reader.finish()
-            finally:
-                joined.reader.close()
+        with suppress(Race):  # somebody else has moved the session: the key says how the generate ended
+            if joined is not None and body.stream:
+                return replayed(await stream(joined))
+            if joined is not None and joined.reader is not None:
+                try:
+                    await joined.reader.finish()
+                finally:
+                    joined.reader.close()
         # At its end, by its own last commit or by who has ended it, the whole answer is stored.
         kept = await sessions_of(request).replies.find(key_of(reply.scope), reply.key)
     if kept is None or kept.pending or kept.generation is None or kept.head is None:

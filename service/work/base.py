@@ -63,6 +63,30 @@ class NewSession:
     metadata: Mapping[str, object] = field(default_factory=dict)
 
 
+def new_branch() -> str:
+    """A branch of the log that nobody has."""
+    return secrets.token_hex(8)
+
+
+def new_head(new: NewSession, manifest: Manifest, epoch: int, position: int = 0) -> Head:
+    """The head that a session begins with; its log begins at `position`."""
+    return Head(
+        tenant=new.key[0],
+        id=new.key[1],
+        model=manifest.name,
+        version=manifest.version,
+        graph=manifest.graph_sha256,
+        epoch=epoch,
+        position=position,
+        seed=new.seed,
+        branch=new_branch(),
+        ttl_s=new.ttl_s,
+        metadata=dict(new.metadata),
+        state_bytes=manifest.state_bytes,
+        origin=position,
+    )
+
+
 class Host(Protocol):
     """What work needs of its engine."""
 
@@ -198,22 +222,8 @@ class SessionWork(Work):
 
     def _fresh(self, host: Host, new: NewSession | None) -> Resident:
         assert new is not None
-        manifest = host.manifest
-        head = Head(
-            tenant=new.key[0],
-            id=new.key[1],
-            model=manifest.name,
-            version=manifest.version,
-            graph=manifest.graph_sha256,
-            epoch=host.next_epoch(new.key),
-            position=0,
-            seed=new.seed,
-            branch=secrets.token_hex(8),
-            ttl_s=new.ttl_s,
-            metadata=dict(new.metadata),
-            state_bytes=manifest.state_bytes,
-        )
-        return Resident(head, state.initial_row(manifest.states), 0, host.codec.none(), None, None, 0)
+        head = new_head(new, host.manifest, host.next_epoch(new.key))
+        return Resident(head, state.initial_row(host.manifest.states), 0, host.codec.none(), None, None, 0)
 
     @property
     def expected(self) -> Fence | None:

@@ -1,13 +1,12 @@
 """Moving a session to another version of its model: the same log, folded by the other step function."""
 
-import secrets
 from dataclasses import replace
 
 import msgspec
 
 from service import state
 from service.store.base import Branch, Commit, Head, Line, Reply, graft
-from service.work.base import Host, Resident, SessionWork
+from service.work.base import Host, Resident, SessionWork, new_branch
 from service.work.events import Done, Listener
 from service.work.feed import Keyed, abandoned
 
@@ -52,7 +51,7 @@ class Migrate(SessionWork):
             version=manifest.version,
             graph=manifest.graph_sha256,
             epoch=old.epoch + 1,
-            branch=secrets.token_hex(8),
+            branch=new_branch(),
             generation=abandoned(old),
             state_bytes=manifest.state_bytes,
         )

@@ -53,7 +53,8 @@ def read_log(server: Server, session: str) -> list[Entry]:
         if response.status_code == 404:
             return []
         page = server.ok(response)
-        assert [one["position"] for one in page["data"]] == list(range(after + 1, after + 1 + len(page["data"])))
+        found = [one["position"] for one in page["data"]]
+        assert found == list(range(after + 1, after + 1 + len(found))), (session, after, found)
         entries += [(one["source"], one["input"]) for one in page["data"]]
         after = page["next_cursor"]
     return entries
