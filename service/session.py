@@ -166,6 +166,16 @@ class Sessions:
         if (head := await self.stored(key)) is None:
             live(key, head)
             return
+        to_close = [head]
+        while to_close:  # forks have forks, in lines of any length
+            closed = await self._close(to_close.pop())
+            ids = await asyncio.to_thread(self.store.forks, closed.key, closed.life) if forks else []
+            found = [await self.stored((key[0], id)) for id in ids]
+            to_close += [fork for fork in found if fork is not None]
+
+    async def _close(self, head: Head) -> Head:
+        """Close the life that a session is in when its turn comes; returns its head."""
+        key = head.key
         self._cancel_run(key)
         async with self.turn(key, urgent=True):
             head = await self.stored(key) or head
@@ -173,9 +183,7 @@ class Sessions:
                 head = await self.abandon(head)
                 await self.put(Commit(tombstone(head, "closed"), head.fence))
                 self.forget(head)
-        if forks:
-            for fork in await asyncio.to_thread(self.store.forks, key, head.life):
-                await self.delete((key[0], fork), forks)
+            return head
 
     def forget(self, head: Head) -> None:
         """Drop a session from its engine's memory."""

@@ -201,6 +201,16 @@ def test_forks_of_an_earlier_life_are_deleted_with_it_alone(server: Server, name
     assert server.position(old) == 6
 
 
+@pytest.mark.slow
+def test_forks_of_forks_are_closed_however_long_their_line_is(server: Server, name: str) -> None:
+    first = last = name
+    server.steps(first, "abc", model="tiny-letters")
+    for _ in range(1100):
+        last = server.fork(last)["id"]
+    assert server.http.delete(f"/v1/sessions/{first}", params={"forks": "delete"}).status_code == 204
+    assert server.http.get(f"/v1/sessions/{last}").status_code == 410
+
+
 def test_a_fork_needs_a_free_id_and_a_live_parent(server: Server, name: str) -> None:
     server.steps(name, "abc", model=MODEL)
     problem(server.post(f"/v1/sessions/{name}/fork", {"id": name}), 409, "session_exists")
