@@ -77,7 +77,8 @@ def keys(server: RedisServer) -> set[str]:
     """What the server holds of sessions."""
     words = server.command("KEYS", "recurra:*").decode().split("\r\n")
     general = {
-        f"recurra:{name}" for name in ("schema", "lives", "epochs", "numerics", "due", "check", "/models", "/ids")
+        f"recurra:{name}"
+        for name in ("schema", "run", "lives", "epochs", "numerics", "due", "check", "/models", "/ids")
     }
     return {word for word in words if word.startswith("recurra:")} - general
 
@@ -237,6 +238,55 @@ def test_what_was_committed_is_there_after_kill_9_and_the_store_goes_on(mortal: 
     assert store.check() is None and store.head(A) == head and store.run != run
     assert applied(store, grown(head, b"d")).position == 4 and entries(store, head.branch, 0, 9) == b"abcd"
     store.close()
+
+
+@pytest.mark.parametrize("lost", [1, 200, 900])
+def test_a_commit_that_was_half_in_the_file_is_never_applied(mortal: RedisServer, lost: int) -> None:
+    store = RedisStore(mortal.url)
+    before = [applied(store, grown(create(store, f"s{i}"), b"abc")) for i in range(20)]
+    assert all(isinstance(one, Applied) for one in store.commit([grown(head, b"torn") for head in before]))
+    mortal.kill()
+    with mortal.append_only_file().open("r+b") as opened:
+        opened.truncate(opened.seek(0, 2) - lost)
+    mortal.start()
+    again = RedisStore(mortal.url)
+    assert [again.head(head.key) for head in before] == before
+    after = [applied(again, grown(head, b"de")) for head in before[:10]] + before[10:]
+    mortal.until_rewritten()
+    mortal.restart()
+    last = RedisStore(mortal.url)
+    assert [last.head(head.key) for head in before] == after
+    assert [entries(last, head.branch, 0, 9) for head in after] == [b"abcde"] * 10 + [b"abc"] * 10
+    for one in (store, again, last):
+        one.close()
+
+
+def test_a_server_that_may_not_begin_another_file_is_used_with_a_warning(
+    mortal: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mortal.command("ACL", "SETUSER", "default", "-bgrewriteaof")
+    RedisStore(mortal.url).close()
+    assert "redis_file_kept" in "".join(capsys.readouterr())
+
+
+def test_a_server_that_ends_before_its_other_file_is_complete_is_right_at_its_second_start(mortal: RedisServer) -> None:
+    store = RedisStore(mortal.url)
+    before = applied(store, grown(create(store), b"abc"))
+    applied(store, grown(before, b"torn"))
+    mortal.kill()
+    with mortal.append_only_file().open("r+b") as opened:
+        opened.truncate(opened.seek(0, 2) - 100)
+    mortal.options = (*mortal.options, "rdb-key-save-delay 1000000")  # its other file takes a second a key
+    mortal.start()
+    again = RedisStore(mortal.url)
+    after = applied(again, grown(before, b"de"))
+    mortal.restart()
+    assert b"not the last file" in (mortal.folder / "server.log").read_bytes()
+    last = RedisStore(mortal.url)
+    assert last.head(A) == after
+    assert entries(last, after.branch, 0, 9) == b"abcde"
+    for one in (store, again, last):
+        one.close()
 
 
 def every_call(store: Store, head: Head) -> list[Callable[[], object]]:

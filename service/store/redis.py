@@ -74,8 +74,8 @@ _SHA = hashlib.sha1(_SCRIPT).hexdigest()
 _HEADER = struct.Struct("<6s6s6sIB")
 _GENERATED, _LOGPROBS = 1, 2
 
-_SCHEMA, _LIVES, _DUE, _EPOCHS, _NUMERICS = (
-    f"recurra:{name}" for name in ("schema", "lives", "due", "epochs", "numerics")
+_SCHEMA, _RUN, _LIVES, _DUE, _EPOCHS, _NUMERICS = (
+    f"recurra:{name}" for name in ("schema", "run", "lives", "due", "epochs", "numerics")
 )
 _LOG, _SNAPSHOTS, _LINE = "recurra:log:", "recurra:snapshots:", "recurra:line:"
 
@@ -263,6 +263,8 @@ class _Link:
         """Refuse a server that may lose sessions or not understand the script."""
         _check_kind(info)
         self.durability = _level(self._asked, info.get("aof_enabled") == "1", _fsync_policy(connection))
+        if info.get("aof_enabled") == "1":
+            _leave_a_torn_end_behind(connection, info.get("run_id", ""))
         _exchange(connection, [("SET", _SCHEMA, SCHEMA_VERSION, "NX")])
         found = int(_exchange(connection, [("GET", _SCHEMA)])[0])
         if found > SCHEMA_VERSION:
@@ -321,6 +323,29 @@ def _fsync_policy(connection: Any) -> str:  # noqa: ANN401
     except redis.ResponseError:
         return "unknown"  # managed servers forbid CONFIG
     return found[1].decode() if found else "unknown"
+
+
+def _leave_a_torn_end_behind(connection: Any, run: str) -> None:  # noqa: ANN401
+    """Once in each run of the server: have it begin another file before anything is appended to the one it has read.
+
+    A commit's effects are one transaction in the append-only file. A server that was killed while it wrote them cuts
+    off the torn command when it starts, but may leave the transaction open (Redis; Valkey before its pull request
+    4342). What is appended then would end it, and the start after that would apply the beginning of a commit that
+    nobody was ever told of.
+    """
+    if _exchange(connection, [("GET", _RUN)])[0] == run.encode():
+        return
+    try:
+        said = _exchange(connection, [("BGREWRITEAOF",)])[0]
+    except redis.ResponseError as error:
+        if "in progress" not in str(error):  # by another replica
+            log.warning(
+                "redis_file_kept", hint="allow BGREWRITEAOF, or repair the file before a start", error=str(error)
+            )
+    else:
+        if b"scheduled" in said:
+            raise redis.BusyLoadingError("LOADING Redis saves its data, and begins another append-only file after that")
+    _exchange(connection, [("SET", _RUN, run)])
 
 
 def _level(asked: str, append_only: bool, fsync: str) -> str:

@@ -86,7 +86,7 @@ def blows(storm: Storm, seconds: float) -> bool:
 
 def lose_power(redis: RedisServer, unwritten_s: float) -> None:
     """Kill Redis, and take from its file what it wrote in the last moments: that was not on the disk yet."""
-    file = next((redis.folder / "appendonlydir").glob("*.incr.aof"))
+    file = redis.append_only_file()
     written = file.stat().st_size
     time.sleep(unwritten_s)
     redis.kill()
