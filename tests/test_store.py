@@ -23,7 +23,6 @@ from service.store import base as base_module
 from service.store import memory as memory_module
 from service.store import redis as redis_module
 from service.store.base import (
-    SCHEMA_VERSION,
     TOMBSTONE_TTL_S,
     Applied,
     Branch,
@@ -52,6 +51,7 @@ from service.store.redis import RedisStore
 from service.store.sqlite import SqliteStore, collect, schema, spread, tables
 from service.store.sqlite import store as sqlite_module
 from service.store.sqlite.rows import segment_row
+from service.store.sqlite.schema import SCHEMA_VERSION
 
 HOUR_MS = 3_600_000
 
@@ -1707,6 +1707,44 @@ def test_data_of_schema_1_is_migrated(old_file: Path, clock: Clock) -> None:
         assert store.lives("m", 3) and store.next_epoch(("", "new")) == 8
         assert [head.id for head in store.heads("", "m", "", 9)] == ["a", "c", "d", "e"]
         store.close()
+
+
+def test_data_of_schema_2_is_migrated(clock: Clock, tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    head = applied(store, answered(grown(create(store), b"abc", snapshot=b"s"), "k"))
+    fork = applied(store, forked(store, head, "fork", 2))
+    store.close()
+    unsealed(tmp_path)
+    again = SqliteStore(tmp_path)
+    assert (again.head(head.key), again.head(fork.key)) == (head, fork)
+    assert entries(again, head.branch, 0, 3) == b"abc" and entries(again, fork.branch, 0, 2) == b"ab"
+    assert again.reply("", "a", "k") is not None and newest(again, head.branch).data == b"s"
+    again.close()
+
+
+def unsealed(folder: Path) -> None:
+    """Make the data those of schema 2, which had no checksums."""
+    db = sqlite3.connect(folder / "sessions.sqlite")
+    columns = ("batch", "head", "segment", "snapshot", "line", "reply")
+    for table, column in zip(("journal", "sessions", "log", "snapshots", "branches", "replies"), columns, strict=True):
+        db.execute(f"UPDATE {table} SET {column} = substr({column}, 1, length({column}) - 4)")
+    db.commit()
+    db.close()
+    set_schema(folder, 2)
+
+
+def test_a_changed_byte_of_an_entry_is_found(clock: Clock, tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    head = applied(store, grown(create(store), b"abc"))
+    store.close()
+    db = sqlite3.connect(tmp_path / "sessions.sqlite")
+    db.execute("UPDATE log SET segment = CAST(replace(segment, 'abc', 'abd') AS BLOB)")
+    db.commit()
+    db.close()
+    again = SqliteStore(tmp_path)
+    with pytest.raises(StoreError, match="checksum"):
+        again.log(head.branch, 0, 3)
+    again.close()
 
 
 def test_a_migrated_session_goes_on(old_file: Path, clock: Clock) -> None:

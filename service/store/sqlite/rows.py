@@ -1,10 +1,12 @@
 """What the rows of the file hold, and the SQL of many rows in one statement.
 
-Python's sqlite3 gives the GIL away once a statement that returns no rows, but executemany once a row.
+Every blob ends with its checksum: SQLite takes the bytes of a damaged page for data. Python's sqlite3 gives the GIL away
+once a statement that returns no rows, but executemany once a row.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,13 +25,41 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     """(tenant, reply) of requests that committed nothing"""
 
 
-encode = msgspec.msgpack.Encoder().encode
-decode_batch = msgspec.msgpack.Decoder(Batch).decode
-decode_head = msgspec.msgpack.Decoder(Head).decode
-decode_line = msgspec.msgpack.Decoder(Line).decode
-decode_segment = msgspec.msgpack.Decoder(Segment).decode
-decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+T = TypeVar("T")
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def seal(data: bytes) -> bytes:
+    """Data with its CRC-32 behind it."""
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def unseal(blob: bytes) -> bytes:
+    """Inverse of `seal`; raises msgspec.DecodeError when the data are not those that were sealed."""
+    data = blob[:-4]
+    if zlib.crc32(data).to_bytes(4, "little") != blob[-4:]:
+        raise msgspec.DecodeError("the checksum is not that of the data")
+    return data
+
+
+def encode(row: object) -> bytes:
+    """A blob as it is stored."""
+    return seal(_encode(row))
+
+
+def decoder(kind: type[T]) -> Callable[[bytes], T]:
+    """Reads stored blobs of one kind; raises msgspec.DecodeError when they are damaged."""
+    decode = msgspec.msgpack.Decoder(kind).decode
+    return lambda blob: decode(unseal(blob))
+
+
+decode_batch = decoder(Batch)
+decode_head = decoder(Head)
+decode_line: Callable[[bytes], Line] = decoder(Line)
+decode_segment = decoder(Segment)
+decode_snapshot = decoder(Snapshot)
+decode_reply = decoder(Reply)
 
 
 def session_row(head: Head, seq: int) -> tuple[Any, ...]:

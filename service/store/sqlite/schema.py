@@ -10,10 +10,13 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from service.store.base import SCHEMA_VERSION, Commit, Head, Key, Segment, Snapshot, StoreError
-from service.store.sqlite.rows import Batch, decode_head, decode_snapshot, encode, snapshot_row
+from service.store.base import Commit, Head, Key, Segment, Snapshot, StoreError
+from service.store.sqlite.rows import Batch, decode_head, decode_snapshot, decoder, encode, seal, snapshot_row
 
 log = structlog.get_logger(__name__)
+
+SCHEMA_VERSION = 3
+"""1: no branches after others, no forks, no replies. 2: no checksums."""
 
 META = "CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL)"
 
@@ -61,7 +64,10 @@ class _OldCommit(msgspec.Struct, frozen=True, array_like=True):
     snapshots: tuple[Snapshot, ...] = ()
 
 
-_decode_old_commits = msgspec.msgpack.Decoder(list[_OldCommit]).decode
+_decode_old_commits = decoder(list[_OldCommit])
+
+_BLOBS = {"journal": "batch", "sessions": "head", "log": "segment", "snapshots": "snapshot"}
+_BLOBS_SINCE_2 = {"branches": "line", "replies": "reply"}
 
 
 def lock_folder(folder: Path) -> int:
@@ -149,7 +155,7 @@ def prepare(db: sqlite3.Connection) -> None:
         )
     if found < SCHEMA_VERSION:
         with transaction(db):
-            _migrate(db)
+            _migrate(db, found)
         log.info("store_migrated", schema=SCHEMA_VERSION)
 
 
@@ -158,7 +164,17 @@ def _create_tables(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
-def _migrate(db: sqlite3.Connection) -> None:
+def _migrate(db: sqlite3.Connection, found: int) -> None:
+    blobs = _BLOBS | (_BLOBS_SINCE_2 if found > 1 else {"journal": "commits"})
+    db.create_function("seal", 1, seal)
+    for table, column in blobs.items():
+        db.execute(f"UPDATE {table} SET {column} = seal({column})")
+    if found == 1:
+        _migrate_branches(db)
+    db.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (SCHEMA_VERSION,))
+
+
+def _migrate_branches(db: sqlite3.Connection) -> None:
     """From schema 1, which had no branches after others, no forks and no replies."""
     for index in ("live", "of_model", "due", "ended"):
         db.execute(f"DROP INDEX sessions_{index}")
@@ -175,7 +191,6 @@ def _migrate(db: sqlite3.Connection) -> None:
     _migrate_journal(db)
     for table in ("journal", "sessions", "log", "snapshots"):
         db.execute(f"DROP TABLE old_{table}")
-    db.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (SCHEMA_VERSION,))
 
 
 def _migrate_snapshots(db: sqlite3.Connection) -> None:
