@@ -137,6 +137,8 @@ class Manifest(_Strict):
     cell: str
     layers: int = Field(ge=1)
     hidden: int = Field(ge=1)
+    quantization: Literal["none", "int8"] = "none"
+    tolerance: float = Field(default=1e-4, gt=0, description="how far from PyTorch's answers the golden example may be")
     memory: Literal["carried"] | Window = "carried"
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)

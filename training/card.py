@@ -36,7 +36,8 @@ def _title(m: Manifest) -> str:
         "forecaster": "after each step it says what the next one brings",
         "classifier": "at each step it says which label holds there",
     }[m.task]
-    cell = f"{m.layers} layer{'s' if m.layers > 1 else ''} of {m.hidden} {m.cell.upper()} units"
+    int8 = ", int8" if m.quantization == "int8" else ""
+    cell = f"{m.layers} layer{'s' if m.layers > 1 else ''} of {m.hidden} {m.cell.upper()} units{int8}"
     return f"# {m.name} {m.version}\n\nA {m.task.replace('-', ' ')} ({cell}{size}): {what}. {_memory(m)}"
 
 
@@ -115,7 +116,10 @@ def _typical(mean: float, period: float) -> float:
 
 
 def _figures(m: Manifest) -> str:
-    return "\n\n".join(_blocks("", m.metrics)) if m.metrics else ""
+    if not m.metrics:
+        return ""
+    note = ["But for those of int8, the figures are those of the float32 weights."] if m.quantization == "int8" else []
+    return "\n\n".join([*note, *_blocks("", m.metrics)])
 
 
 def _blocks(title: str, value: Json) -> list[str]:
@@ -172,8 +176,9 @@ def _checks(m: Manifest) -> str:
     parity = m.checks.get("parity")
     if not parity:
         return ""
+    over = "at every step" if m.quantization == "int8" else f"over {len(m.checks['chunks'])} carried chunks"
     return (
-        f"The graph agrees with PyTorch over {len(m.checks['chunks'])} carried chunks at B = "
+        f"The graph agrees with PyTorch {over} at B = "
         f"{', '.join(map(str, m.checks['batches']))} to {parity['outputs']:.1e} in its outputs and "
         f"{parity['states']:.1e} in its states (allowed: {parity['tolerance']:g}; {parity['units']}). Cutting a "
         f"sequence into other chunks, or computing it beside other sessions, changed no bit (ONNX Runtime "

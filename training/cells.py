@@ -14,7 +14,7 @@ from training.nodes import Nodes
 def _lstm(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str, str]:
     """gates [B, 4H] in the order i, f, o, g: c' = f c + i g, h' = o tanh(c')."""
     H = module.config.hidden
-    gates = step.linear(f"h{i}", _hidden_weight(step, module, i), drive)
+    gates = step.product(f"h{i}", *_hidden(module, i), drive)
     squashed, g = step.add_many("Split", gates, step.constant("lstm.split", [3 * H, H]), outputs=2, axis=1)
     i_gate, f_gate, o_gate = step.add_many("Split", step.add("Sigmoid", squashed), outputs=3, axis=1, num_outputs=3)
     new = step.add("Mul", i_gate, step.add("Tanh", g))
@@ -26,7 +26,7 @@ def _gru(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str]:
     """gates r, z, n: n = tanh(drive_n + r (W_hn h + b_hn)), h' = n + z (h - n)."""
     H, h = module.config.hidden, f"h{i}"
     sizes = step.constant("gru.split", [2 * H, H])
-    recurrent = step.linear(h, _hidden_weight(step, module, i), _gru_hidden_bias(step, module, i))
+    recurrent = step.product(h, *_hidden(module, i), _gru_hidden_bias(step, module, i))
     drive_rz, drive_n = step.add_many("Split", drive, sizes, outputs=2, axis=1)
     recurrent_rz, recurrent_n = step.add_many("Split", recurrent, sizes, outputs=2, axis=1)
     rz = step.add("Sigmoid", step.add("Add", drive_rz, recurrent_rz))
@@ -37,7 +37,7 @@ def _gru(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str]:
 
 def _rnn(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str]:
     """h' = tanh(drive + W_hh h)."""
-    return (step.add("Tanh", step.linear(f"h{i}", _hidden_weight(step, module, i), drive)),)
+    return (step.add("Tanh", step.product(f"h{i}", *_hidden(module, i), drive)),)
 
 
 CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}
@@ -45,32 +45,33 @@ CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}
 
 def input_weight(module: RecurrentModel, i: int) -> tuple[Tensor, Tensor]:
     """Layer i's input weights [E, G*H] and the bias [G*H] that can be added before the gates are mixed."""
-    weight, b_ih, b_hh = (_parameter(module, f"{kind}_l{i}") for kind in ("weight_ih", "bias_ih", "bias_hh"))
+    weight, b_ih, b_hh = (parameter(module, f"{kind}_l{i}") for kind in ("weight_ih", "bias_ih", "bias_hh"))
     if module.config.cell == "gru":
         b_hh = b_hh.clone()
         b_hh[-module.config.hidden :] = 0
     return weight.T, b_ih + b_hh
 
 
-def input_constants(step: Nodes, module: RecurrentModel, i: int) -> tuple[str, str]:
-    """Layer i's input weights and bias as constants, for layers whose input is not folded into a table."""
+def layer_drive(step: Nodes, module: RecurrentModel, i: int, x: str) -> str:
+    """Layer i's drive from its input x [B, E]; above layer 0 that is the h of the layer below."""
     weight, bias = input_weight(module, i)
-    return step.constant(f"layer{i}.input", weight), step.constant(f"layer{i}.bias", bias)
+    multiply = step.product if i else step.linear
+    return multiply(x, f"layer{i}.input", weight, step.constant(f"layer{i}.bias", bias))
 
 
-def _hidden_weight(step: Nodes, module: RecurrentModel, i: int) -> str:
-    """Layer i's recurrent weights [H, G*H]."""
-    return step.constant(f"layer{i}.hidden", _parameter(module, f"weight_hh_l{i}").T)
+def _hidden(module: RecurrentModel, i: int) -> tuple[str, Tensor]:
+    """Name and value of layer i's recurrent weights [H, G*H]."""
+    return f"layer{i}.hidden", parameter(module, f"weight_hh_l{i}").T
 
 
 def _gru_hidden_bias(step: Nodes, module: RecurrentModel, i: int) -> str:
     """b_hn, which the reset gate scales, behind zeros: the other gates' biases are in the drive."""
-    bias = _parameter(module, f"bias_hh_l{i}").clone()
+    bias = parameter(module, f"bias_hh_l{i}").clone()
     bias[: -module.config.hidden] = 0
     return step.constant(f"layer{i}.reset_bias", bias)
 
 
-def _parameter(module: RecurrentModel, name: str) -> Tensor:
+def parameter(module: RecurrentModel, name: str) -> Tensor:
     """A weight or bias with its gates along axis 0; an lstm's i, f, g, o become i, f, o, g."""
     parameter: Tensor = module.rnn.get_parameter(name).detach()
     if module.config.cell != "lstm":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from training.config import recipe_from
 from training.corpora import load_corpus
 from training.data import Corpus, Sequence, part
 from training.model import RecurrentModel, State
-from training.tasks import Task
+from training.tasks import TASKS, Task
 
 METRICS = "metrics.json"
 STEPS, ROWS = 256, 16
@@ -42,12 +42,18 @@ class Row:
 def evaluate_run(run: Path, cache: Path) -> dict[str, Any]:
     """The test figures of a run; also written to its metrics.json."""
     model, meta = load_model(run)
-    corpus = load_corpus(recipe_from(meta["recipe"]), cache)
-    if corpus.sha256 != meta["data"]["sha256"]:
-        raise CheckpointError(f"{run} was trained on other data than {corpus.source} is now")
+    corpus = run_corpus(run, meta, cache)
     metrics = {"task": meta["task"], **SCORERS[meta["task"]](model, corpus)}
     write_json(run / METRICS, metrics)
     return metrics
+
+
+def run_corpus(run: Path, meta: Mapping[str, Any], cache: Path) -> Corpus:
+    """The corpus that a run was trained on; raises CheckpointError if it is another by now."""
+    corpus = load_corpus(recipe_from(meta["recipe"]), cache)
+    if corpus.sha256 != meta["data"]["sha256"]:
+        raise CheckpointError(f"{run} was trained on other data than {corpus.source} is now")
+    return corpus
 
 
 def score_text(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def score_series(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     that the record holds.
     """
     quantiles = model.config.quantiles
-    point = quantiles.index(0.5) if 0.5 in quantiles else None
+    point = point_quantile(model)
     by_entity: dict[str, Any] = {}
     covered: dict[str, dict[str, float]] = {name: {} for name in corpus.target_names}
     for sequence, outputs in zip(corpus.test, forecasts(model, corpus.test), strict=True):
@@ -191,6 +197,34 @@ def validate(model: RecurrentModel, task: Task, corpus: Corpus) -> float:
         loss, weighed = task.losses(model, outputs, batch)
         total, weight = total + float(loss), weight + float(weighed)
     return total / max(weight, 1.0)
+
+
+def headline(model: RecurrentModel, corpus: Corpus) -> dict[str, float]:
+    """What users judge a model by, on the validation part: bits a symbol, share of steps right, or error a target."""
+    if model.config.task == "language-model":
+        return {"bits per symbol": validate(model, TASKS["language-model"], corpus) / math.log(2)}
+    if model.config.task == "classifier":
+        return {"share of steps right": accuracy(model, corpus.validation)}
+    errors = zip(corpus.target_names, absolute_errors(model, corpus.validation), strict=True)
+    return {f"mean absolute error of {name}": error for name, error in errors}
+
+
+def absolute_errors(model: RecurrentModel, sequences: list[Sequence]) -> list[float]:
+    """Mean absolute error of the point forecast, a target each, over all scored steps."""
+    point = point_quantile(model)
+    total = weight = torch.zeros(len(model.config.targets), dtype=torch.float64)
+    for sequence, outputs in zip(sequences, forecasts(model, sequences), strict=True):
+        chosen = outputs["mean"] if point is None else outputs["quantiles"][:, point]
+        scored = sequence.weights > 0
+        total = total + torch.where(scored, (chosen - sequence.targets).abs(), 0).double().sum(dim=0)
+        weight = weight + scored.sum(dim=0)
+    return (total / weight.clamp(min=1)).tolist()
+
+
+def point_quantile(model: RecurrentModel) -> int | None:
+    """Where the middle quantile lies, if the model has one: it is what minimises the mean absolute error."""
+    quantiles = model.config.quantiles
+    return quantiles.index(0.5) if 0.5 in quantiles else None
 
 
 def losses(model: RecurrentModel, sequences: list[Sequence]) -> list[float]:

@@ -16,22 +16,24 @@ import onnx
 from onnx import TensorProto, helper
 from torch import nn
 
-from training.cells import CELLS, input_constants, input_weight
-from training.model import ForecastHead, RecurrentModel, ValueEncoder, state_names
+from training.cells import CELLS, input_weight, layer_drive
+from training.model import ForecastHead, ModelConfig, RecurrentModel, ValueEncoder, state_names
 from training.nodes import Nodes, odd_series, softplus
 
 OPSET = 21
 IR_VERSION = 10
+FOLDED_BYTES = 32 * 2**20
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 SINE = [(-1) ** k / factorial(2 * k + 1) for k in range(6)]
 
 Signature = dict[str, tuple[str, list[int | str]]]
 
 
-def build(module: RecurrentModel) -> onnx.ModelProto:
-    """The module as a checked ONNX model; inputs and outputs as in `signature`."""
+def build(module: RecurrentModel, step: type[Nodes] = Nodes) -> onnx.ModelProto:
+    """The module as a checked ONNX model, its step written by `step`; inputs and outputs as in `signature`."""
     constants: dict[str, TensorProto] = {}
     nodes = Nodes("", constants)
-    head = _head(nodes, module, _scan(nodes, module, _entries(nodes, module)))
+    head = _head(nodes, module, _scan(nodes, module, _entries(nodes, module), step("step.", constants)))
     for name, value in head.items():
         nodes.name(value, name)
     inputs, outputs = signature(module)
@@ -78,7 +80,17 @@ def _entries(nodes: Nodes, module: RecurrentModel) -> str:
     """What the Scan reads at each step: rows of the folded table [T, B, G*H], or encoded values [T, B, E]."""
     if isinstance(module.encoder, ValueEncoder):
         return _encode(nodes, module.encoder)
-    return nodes.add("Gather", _folded_table(nodes, module), "symbols", axis=0)
+    table = _folded_table(nodes, module) if folded(module.config) else _embedding(nodes, module.encoder)
+    return nodes.add("Gather", table, "symbols", axis=0)
+
+
+def folded(config: ModelConfig) -> bool:
+    """Whether the embedding is multiplied with layer 0's input weights at the export: fast, and large where V is."""
+    return 0 < config.vocabulary * GATES[config.cell] * config.hidden * 4 <= FOLDED_BYTES
+
+
+def _embedding(nodes: Nodes, encoder: nn.Embedding) -> str:
+    return nodes.constant("embedding", encoder.weight)
 
 
 def _folded_table(nodes: Nodes, module: RecurrentModel) -> str:
@@ -116,13 +128,13 @@ def _waves(nodes: Nodes, encoder: ValueEncoder) -> str:
     return odd_series(nodes, nodes.add("Mul", quarter, nodes.scalar(2 * np.pi)), SINE)
 
 
-def _scan(nodes: Nodes, module: RecurrentModel, entries: str) -> str:
+def _scan(nodes: Nodes, module: RecurrentModel, entries: str, step: Nodes) -> str:
     """Run the step over time; names `<state>_next` and returns the head's raw values [T, B, N]."""
     names, layers = state_names(module.config.cell), range(module.config.layers)
     before = [[nodes.add("Gather", name, _index(nodes, i), axis=0) for i in layers] for name in names]
     flat = [value for values in before for value in values]
     *after, raw = nodes.add_many(
-        "Scan", *flat, entries, outputs=len(flat) + 1, body=_step(module, nodes.constants), num_scan_inputs=1
+        "Scan", *flat, entries, outputs=len(flat) + 1, body=_step(module, step), num_scan_inputs=1
     )
     for i, name in enumerate(names):
         rows = nodes.add("Concat", *after[i * len(layers) : (i + 1) * len(layers)], axis=0)
@@ -135,18 +147,19 @@ def _index(nodes: Nodes, i: int) -> str:
     return nodes.constant(f"index.{i}", np.array(i))
 
 
-def _step(module: RecurrentModel, constants: dict[str, TensorProto]) -> onnx.GraphProto:
+def _step(module: RecurrentModel, step: Nodes) -> onnx.GraphProto:
     """The Scan's body, one step of all layers: states [B, H] each, entry -> states', raw head values [B, N]."""
-    config, step = module.config, Nodes("step.", constants)
+    config = module.config
     names = state_names(config.cell)
     befores = [f"{name}{i}" for name in names for i in range(config.layers)]
     x, afters = "entry", {}
     for i in range(config.layers):
-        drive = x if i == 0 and config.vocabulary else step.linear(x, *input_constants(step, module, i))
+        drive = x if i == 0 and folded(config) else layer_drive(step, module, i, x)
         states = CELLS[config.cell](step, module, i, drive)
         afters.update({f"{name}{i}": value for name, value in zip(names, states, strict=True)})
         x = states[0]
-    raw = step.linear(x, *_head_constants(step, module))
+    linear = module.head.linear
+    raw = step.linear(x, "head.weight", linear.weight.T, step.constant("head.bias", linear.bias))
     for name in befores:
         step.name(afters[name], f"{name}_next")
     step.name(raw, "raw")
@@ -160,11 +173,6 @@ def _step(module: RecurrentModel, constants: dict[str, TensorProto]) -> onnx.Gra
 
 def _float_info(name: str, axes: list[Any]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
-
-
-def _head_constants(step: Nodes, module: RecurrentModel) -> tuple[str, str]:
-    linear = module.head.linear
-    return step.constant("head.weight", linear.weight.T), step.constant("head.bias", linear.bias)
 
 
 def _head(nodes: Nodes, module: RecurrentModel, raw: str) -> dict[str, str]:

@@ -35,13 +35,16 @@ class Nodes:
         return names
 
     def name(self, value: str, name: str) -> None:
-        """Give a value the name by which the outside knows it."""
-        self.nodes.append(helper.make_node("Identity", [value], [name], name=name))
+        """Give a value the name by which the outside knows it, for good."""
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if known == value else known for known in names]
 
     def constant(self, name: str, values: Tensor | Array | list[float] | list[int]) -> str:
-        """Store a constant under `name` (floats as float32, integers as int64) and return the name."""
+        """Store a constant under `name` (bytes as they are, floats as float32, integers as int64); return the name."""
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-        dtype = np.int64 if array.dtype.kind in "iu" else np.float32
+        wide = np.int64 if array.dtype.kind in "iu" else np.float32
+        dtype = array.dtype if array.dtype.itemsize == 1 else np.dtype(wide)
         self.constants[name] = numpy_helper.from_array(np.array(array, dtype, order="C"), name)
         return name
 
@@ -49,9 +52,13 @@ class Nodes:
         """A float32 constant, stored once however often it is used."""
         return self.constant(f"scalar.{value!r}", np.array(value, np.float32))
 
-    def linear(self, x: str, weight: str, bias: str) -> str:
-        """`x @ weight + bias`; x: [B, K], weight: [K, N], bias: [N] or [B, N]."""
-        return self.add("Gemm", x, weight, bias)
+    def linear(self, x: str, name: str, weight: Tensor, addend: str) -> str:
+        """`x @ weight + addend`; x: [B, K], weight [K, N] stored under `name`, addend: [N] or [B, N]."""
+        return self.add("Gemm", x, self.constant(name, weight), addend)
+
+    def product(self, h: str, name: str, weight: Tensor, addend: str) -> str:
+        """The same of a hidden state, which is known to lie in [-1, 1]."""
+        return self.linear(h, name, weight, addend)
 
 
 def odd_series(nodes: Nodes, x: str, coefficients: list[float]) -> str:
