@@ -10,7 +10,8 @@ from fastapi_swagger import patch_fastapi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
-from service.api import errors, history, models, operations, sessions, streaming
+from service.api import bulk, errors, history, models, operations, sessions, shortcuts, streaming
+from service.api.requests import Departures
 from service.history import History
 from service.registry import Registry
 from service.session import Sessions
@@ -39,9 +40,21 @@ def open_store(settings: Settings) -> Store:
     return RedisStore(settings.store, settings.durability, settings.idempotency_ttl_s)
 
 
+class App(FastAPI):
+    """The application; what is asked most takes the short way."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, by the short way if there is one."""
+        found = shortcuts.find(scope)
+        if found is None:
+            await super().__call__(scope, receive, send)
+        else:
+            await shortcuts.serve(self, *found, scope, receive, send)
+
+
 def create_app(settings: Settings, store: Store) -> FastAPI:
     """The service as an ASGI application, on an open store."""
-    app = FastAPI(
+    app = App(
         title="Recurra",
         version=VERSION,
         summary="Recurrent networks that keep remembering.",
@@ -53,7 +66,8 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     )
     app.state.settings = settings
     app.state.store = store
-    for module in (models, sessions, streaming, history, operations):
+    app.state.departures = Departures()
+    for module in (models, sessions, streaming, bulk, history, operations):
         app.include_router(module.router)
     # The page's scripts come from here: FastAPI's own come from a CDN, and many services run without a way out.
     patch_fastapi(app, redirect_from_root_to_docs=False)
@@ -69,7 +83,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
     def post(events: list[tuple[Listener, Event]]) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-            loop.call_soon_threadsafe(_deliver, events)
+            loop.call_soon_threadsafe(lambda: app.state.sessions.deliver(events))
 
     registry = await asyncio.to_thread(Registry, settings, app.state.store, post)
     app.state.registry = registry
@@ -85,11 +99,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(registry.stop)
         await asyncio.to_thread(app.state.store.close)
         log.info("stopped")
-
-
-def _deliver(events: list[tuple[Listener, Event]]) -> None:
-    for listener, event in events:
-        listener(event)
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:

@@ -1,24 +1,24 @@
 """The engine: one thread a model version; one tick advances many sessions.
 
-schedule -> fold -> draw -> commit -> reply. Rows enter and leave between ticks; a reply leaves after its commit.
+schedule -> fold or roll out -> commit -> reply. Rows enter and leave between ticks; a reply leaves after its commit.
 """
 
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from time import perf_counter
-from typing import TypeVar
+from typing import TypeVar, cast
 
+import msgspec
 import numpy as np
 import structlog
 
 from service import metrics, state
 from service.errors import Problem, not_ready, overloaded
-from service.runner import Folded, Runner
-from service.sampling import log_softmax, sample
-from service.scheduler import Scheduler
+from service.runner import Runner
+from service.sampling import Sampler
+from service.scheduler import Batch, Scheduler
 from service.state import Array, Row
 from service.store.base import (
     Applied,
@@ -42,6 +42,9 @@ from service.work.generate import Generate
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+
+AHEAD_ROWS = 32
+"""from here on beginning the next roll-out early saves more than handing it to another thread costs"""
 
 Post = Callable[[list[tuple[Listener, Event]]], None]
 """Takes a tick's events to the event loop; called on the engine's thread."""
@@ -80,6 +83,8 @@ class Engine:
         self.keeping = keeping or Keeping()
         self._residents: OrderedDict[Key, Resident] = OrderedDict()
         self._parking: list[Snapshot] = []
+        self._sampled: list[Generate] = []
+        self._sampler = Sampler([], [])
         self._store_run = store.run
         self._arrived = threading.Condition()
         self._inbox: deque[Work] = deque()
@@ -108,6 +113,7 @@ class Engine:
             self._stopping = True
             self._arrived.notify()
         self._thread.join()
+        self._runner.close()
 
     def submit(self, *works: Work) -> None:
         """Queue work that begins at the same time, from any thread; raises Problem when the queue is full."""
@@ -178,7 +184,7 @@ class Engine:
         return Failed(Problem("internal", "the session's log is damaged; nothing was changed"))
 
     def _queue(self, work: Work) -> None:
-        if work.remaining and not work.finished:
+        if not work.finished and work.steps:
             self._scheduler.add(work)
         else:
             self._unscheduled.append(work)
@@ -191,8 +197,7 @@ class Engine:
         try:
             self._halt(works)
             if batch is not None:
-                self._fold([work for work in batch.rows if not work.halted], batch.steps)
-            self._draw([work for work in works if isinstance(work, Generate) and work.wants_token])
+                self._step(batch)
             self._commit(works)
             self._advance(works)
         except Exception:
@@ -214,54 +219,94 @@ class Engine:
             if not work.finished:
                 work.end(Failed(Problem("internal", "the service failed on this request")))
 
-    # ------------------------------------------------------------------ fold
+    # ------------------------------------------------------------------ fold and draw
 
-    def _fold(self, works: list[Work], steps: int) -> None:
+    def _step(self, batch: Batch[Work]) -> None:
+        works = [work for work in batch.rows if not work.halted]
         if not works:
             return
         started = perf_counter()
+        self._together(self._roll if batch.draws else self._fold, works, batch.steps)
+        seconds = perf_counter() - started
+        self._scheduler.pace.took(batch.draws, len(works), batch.steps, seconds)
+        self._run_seconds.observe(seconds)
+        self._batch_rows.observe(len(works))
+        self._steps.inc(batch.steps * len(works))
+
+    def _together(self, act: Callable[[list[Work], int], None], works: list[Work], steps: int) -> None:
+        """All rows at once; after a failure each once alone, so that one bad row harms no other."""
         try:
-            folded = self._runner.run([work.chunk(steps) for work in works], [work.row for work in works])
+            act(works, steps)
         except Exception:
             log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=steps)
-            self._fold_alone(works, steps)
-            return
-        self._run_seconds.observe(perf_counter() - started)
-        self._batch_rows.observe(len(works))
-        self._steps.inc(steps * len(works))
-        self._scatter(works, folded)
+            if len(works) == 1:
+                works[0].end(Failed(Problem("internal", "the model could not be run on these inputs")))
+                return
+            for work in works:
+                self._together(act, [work], steps)
 
-    def _scatter(self, works: list[Work], folded: Folded) -> None:
+    def _fold(self, works: list[Work], steps: int) -> None:
+        folded = self._runner.run([work.chunk(steps) for work in works], [work.row for work in works])
+        columns = {name: list(np.ascontiguousarray(array.swapaxes(0, 1))) for name, array in folded.outputs.items()}
         for i, work in enumerate(works):
-            outputs = {name: np.ascontiguousarray(array[:, i]) for name, array in folded.outputs.items()}
+            outputs = {name: state.owned(column[i]) for name, column in columns.items()}
             if folded.finite or (_finite(outputs) and state.finite(folded.rows[i])):
                 work.folded(outputs, folded.rows[i])
             else:
                 self._faults.inc()
                 work.end(Failed(_numeric_fault(work)))
 
-    def _fold_alone(self, works: list[Work], steps: int) -> None:
-        """After a batch failed: each row once alone, so that one bad row harms no other."""
-        for work in works:
-            try:
-                self._scatter([work], self._runner.run([work.chunk(steps)], [work.row]))
-            except Exception:
-                log.exception("row_failed", model=self.manifest.name)
-                work.end(Failed(Problem("internal", "the model could not be run on these inputs")))
+    def _roll(self, works: list[Work], steps: int) -> None:
+        """Fold the last entry of each, draw the next from what comes out, and so on."""
+        rolling = cast(list[Generate], works)
+        showing = [(i, work) for i, work in enumerate(rolling) if work.alternatives]
+        for _, work in showing:
+            work.show_again()
+        sampler = self._sampler_of(rolling)
+        uniform = sampler.numbers(np.array([work.next_position for work in rolling]), steps)
+        tokens, logprobs = np.empty((steps, len(works)), np.int64), np.empty((steps, len(works)), np.float32)
 
-    # ------------------------------------------------------------------ draw
+        def draw(step: int, outputs: Output) -> Array:
+            logits = outputs["logits"]
+            tokens[step], logprobs[step] = sampler.draw(logits, uniform[step])
+            for i, work in showing:
+                work.show(logits[i])
+            return np.asarray(tokens[step])
 
-    def _draw(self, works: list[Generate]) -> None:
-        if not works:
+        entries = np.array([work.entries[-1] for work in rolling])
+        ahead = len(works) >= AHEAD_ROWS and all(work.steps > steps for work in rolling)
+        folded = self._runner.roll(entries, [work.row for work in works], steps, draw, ahead)
+        if not folded.finite:
+            self._roll_with_care(works, steps)
             return
-        logits = np.stack([work.logits for work in works])
-        uniform = np.array([work.uniform() for work in works])
-        tokens = sample(logits, [work.sampling for work in works], uniform)
-        # As the log keeps them, so that a replayed token is the very same.
-        logprobs = log_softmax(logits)[np.arange(len(works)), tokens].astype(np.float32)
-        for work, token, logprob in zip(works, tokens.tolist(), logprobs.tolist(), strict=True):
-            work.take(token, logprob)
-        self._tokens.inc(len(works))
+        drawn, chances = tokens.T.astype(self.codec.entry_dtype, order="C"), np.ascontiguousarray(logprobs.T)
+        for i, work in enumerate(rolling):
+            outputs = {name: array[0, i] for name, array in folded.outputs.items()}
+            work.rolled(drawn[i], chances[i], outputs, folded.rows[i])
+        self._tokens.inc(steps * len(works))
+
+    def _roll_with_care(self, works: list[Work], steps: int) -> None:
+        """After a number that is not finite: each row alone and step by step, up to the last good token."""
+        if len(works) > 1:
+            for work in works:
+                self._roll([work], steps)
+        elif steps > 1:
+            before = works[0].steps
+            for step in range(steps):
+                if works[0].steps == before - step and not works[0].finished:
+                    self._roll(works, 1)
+        elif cast(Generate, works[0]).has_drawn:
+            return  # what is good is committed first; the next tick finds the fault again
+        else:
+            self._faults.inc()
+            works[0].end(Failed(_numeric_fault(works[0])))
+
+    def _sampler_of(self, works: list[Generate]) -> Sampler:
+        """The sampler of the last tick while the batch has the same members."""
+        if works != self._sampled:
+            self._sampled = works
+            self._sampler = Sampler([work.sampling for work in works], [work.generation.seed for work in works])
+        return self._sampler
 
     # ------------------------------------------------------------------ commit
 
@@ -275,6 +320,7 @@ class Engine:
             metrics.COMMIT_SECONDS.observe(perf_counter() - started)
             for (work, commit), result in zip(due, results, strict=True):
                 self._settle(work, commit.head.key, result)
+            metrics.COMMITS.labels("applied").inc(sum(isinstance(result, Applied) for result in results))
 
     def _committed(self, due: list[tuple[Work, Commit]], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
         try:
@@ -291,7 +337,6 @@ class Engine:
 
     def _settle(self, work: Work, key: Key, result: Result | Problem) -> None:
         if isinstance(result, Applied):
-            metrics.COMMITS.labels("applied").inc()
             self._hold(key, work.applied(result.head))
             return
         self._hold(key, None)
@@ -314,7 +359,9 @@ class Engine:
         for work in works:
             posted += [(work.listener, event) for event in work.events]
             work.events = []
-            if not work.finished:
+            if work.finished:
+                work.listener = _nobody  # it may hold the work, and the work its arrays
+            else:
                 self._queue(work)
         ended = sum(work.cost for work in works if work.finished)
         if ended:
@@ -332,7 +379,7 @@ class Engine:
         if held is None or not _leads_to(known, held.head):
             held = self._load(known)
         elif held.head.position == known.position:
-            held = replace(held, head=known)  # what is said of a session may change without a step
+            held = msgspec.structs.replace(held, head=known)  # what is said of a session may change without a step
         self._hold(known.key, held)
         return held
 
@@ -411,6 +458,10 @@ class Engine:
             with suppress(StoreError):  # without it the next wake-up takes a little longer
                 branch = home(self.line(resident.head.branch), resident.head.branch, position)
                 self._parking.append(Snapshot(branch, position, self.numerics, data, self.manifest.graph_sha256))
+
+
+def _nobody(event: Event) -> None:
+    """The listener of work that has ended."""
 
 
 def _leads_to(known: Head, held: Head) -> bool:

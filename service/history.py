@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 
@@ -219,11 +219,11 @@ class History:
             return tokens
         if reply.body:
             kept = msgspec.json.decode(reply.body)
-            return [replace(token, alternatives=one) for token, one in zip(tokens, kept, strict=True)]
+            return [msgspec.structs.replace(token, alternatives=one) for token, one in zip(tokens, kept, strict=True)]
         model, done = await self.outputs(key, reply, reply.end - 1, len(tokens))
         codec = model.engine.codec
         shown = [codec.alternatives(logits, count) for logits in done.outputs["logits"]]
-        return [replace(token, alternatives=one) for token, one in zip(tokens, shown, strict=True)]
+        return [msgspec.structs.replace(token, alternatives=one) for token, one in zip(tokens, shown, strict=True)]
 
     @staticmethod
     def _model_name(reply: Reply) -> str:

@@ -10,7 +10,7 @@ from service.errors import Problem, not_ready
 from service.registry import Model
 from service.store.base import Generation, Head, Segment
 from service.tasks import TextStream
-from service.work.events import Done, Event, Failed, LostRace, Suspended, Token
+from service.work.events import Done, Event, Failed, LostRace, Suspended, Token, Tokens
 from service.work.generate import Generate
 
 
@@ -38,8 +38,8 @@ class Run:
 
     def listen(self, event: Event) -> None:
         """Take an event of the work, on the event loop."""
-        if isinstance(event, Token):
-            self.tokens.append(event)
+        if isinstance(event, Tokens):
+            self.tokens += event.each()
         else:
             self.end = event
             self._on_end()

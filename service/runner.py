@@ -6,8 +6,10 @@ not change a bit on this machine; where they do, rows are run one at a time and 
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import is_
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,22 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from service import state
-from service.bundle import Bundle, BundleError, Manifest, TensorSpec
+from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec
 from service.state import Array, Row
 
-TOLERANCE = 1e-4
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+
+Call = Future[tuple[list[Array], list[Array]]]
+"""Outputs and next states, when they are there"""
+Draw = Callable[[int, dict[str, Array]], Array]
+"""From the number of the step and its outputs [B, ...] by name to the next entries [B]"""
 
 onnxruntime.disable_telemetry_events()
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What a call gives: outputs [T, B, ...] by name, and each row's next state."""
+    """What a call gives: outputs [T, B, ...] by name, and each row's next state, which shares the batch's memory."""
 
     outputs: dict[str, Array]
     rows: list[Row]
@@ -45,24 +51,94 @@ class Runner:
         self._input = self.manifest.inputs[0]
         self._names = [spec.name for spec in self.manifest.outputs]
         self._fetch = self._names + [spec.output for spec in self.manifest.states]
+        self._fed = [spec.input for spec in self.manifest.states]
+        self._folding, self._rolling = _Last(self.manifest.states), _Last(self.manifest.states)
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"ahead-{self.manifest.name}")
         self.batches_exactly, self.numerics = _verify_golden(self, bundle)
 
     def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
         """Fold chunks of equal length, one a row, each [T, ...], into the rows' states."""
-        if self.batches_exactly or len(rows) == 1:
-            return self._run_batch(chunks, rows)
-        alone = [self._run_batch([chunk], [row]) for chunk, row in zip(chunks, rows, strict=True)]
-        outputs = {name: np.concatenate([one.outputs[name] for one in alone], axis=1) for name in self._names}
-        return Folded(outputs, [one.rows[0] for one in alone], all(one.finite for one in alone))
+        outputs, states = self._call(np.stack(chunks, axis=1), self._folding.states_of(rows))
+        finite = all(bool(np.isfinite(array).all()) for array in (*outputs, *states))
+        return Folded(self._named(outputs), self._folding.take(states), finite)
 
-    def _run_batch(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
-        specs = self.manifest.states
-        feed = {self._input.name: np.stack(chunks, axis=1).astype(self._input.dtype, copy=False)}
-        feed.update(zip((spec.input for spec in specs), state.stack(specs, rows), strict=True))
+    def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
+        """Fold `entries` [B], one a row, and then those that are drawn; `outputs` are those of the last step.
+
+        With `ahead` the step after the last is begun at once, beside what the caller does until the next roll-out.
+        """
+        states = self._rolling.states_of(rows)
+        early = self._rolling.early(rows, entries)
+        finite = True
+        for step in range(steps):
+            outputs, states = early.result() if early is not None else self._call(entries[None], states)
+            early = None
+            finite = finite and all(bool(np.isfinite(array).all()) for array in outputs)
+            entries = draw(step, {name: array[0] for name, array in zip(self._names, outputs, strict=True)})
+        finite = finite and all(bool(np.isfinite(array).all()) for array in states)
+        after = self._rolling.take(states)
+        if ahead:
+            self._rolling.begin(entries, self._beside.submit(self._call, entries[None], states))
+        return Folded(self._named(outputs), after, finite)
+
+    def close(self) -> None:
+        """End the thread that works ahead."""
+        self._beside.shutdown()
+
+    def _named(self, outputs: list[Array]) -> dict[str, Array]:
+        return dict(zip(self._names, outputs, strict=True))
+
+    def _call(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array]]:
+        """(outputs, next states) of one call, or of one a row where rows change each other's bits."""
+        if self.batches_exactly or entries.shape[1] == 1:
+            return self._run(entries, states)
+        axes = [spec.batch_axis for spec in self.manifest.states]
+        alone = [
+            self._run(entries[:, i : i + 1], [s.take([i], axis) for s, axis in zip(states, axes, strict=True)])
+            for i in range(entries.shape[1])
+        ]
+        outputs = [np.concatenate(parts, axis=1) for parts in zip(*(one[0] for one in alone), strict=True)]
+        after = zip(zip(*(one[1] for one in alone), strict=True), axes, strict=True)
+        return outputs, [np.concatenate(parts, axis=axis) for parts, axis in after]
+
+    def _run(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array]]:
+        feed = {self._input.name: entries.astype(self._input.dtype, copy=False)}
+        feed.update(zip(self._fed, states, strict=True))
         fetched = self._session.run(self._fetch, feed)
-        outputs = dict(zip(self._names, fetched, strict=False))
-        finite = all(bool(np.isfinite(array).all()) for array in fetched)
-        return Folded(outputs, state.unstack(specs, fetched[len(self._names) :]), finite)
+        return fetched[: len(self._names)], fetched[len(self._names) :]
+
+
+class _Last:
+    """The batch of the last call: if it comes again, its arrays are used, and what was begun early for it counts."""
+
+    def __init__(self, specs: Sequence[StateSpec]) -> None:
+        self._specs = specs
+        self._rows: list[Row] = []
+        self._states: list[Array] = []
+        self._entries: Array | None = None
+        self._early: Call | None = None
+
+    def states_of(self, rows: Sequence[Row]) -> list[Array]:
+        """The rows' states as a batch."""
+        return self._states if self._is(rows) else state.stack(self._specs, rows)
+
+    def early(self, rows: Sequence[Row], entries: Array) -> Call | None:
+        """The call that was begun with these rows and entries, if there is one."""
+        early, self._early = self._early, None
+        same = early is not None and self._is(rows) and bool((entries == self._entries).all())
+        return early if same else None
+
+    def take(self, states: list[Array]) -> list[Row]:
+        """The next states as rows, which share the batch's memory."""
+        self._states, self._rows, self._early = states, state.unstack(self._specs, states), None
+        return list(self._rows)
+
+    def begin(self, entries: Array, early: Call) -> None:
+        """Note a call that was begun with the rows that were just taken."""
+        self._entries, self._early = entries, early
+
+    def _is(self, rows: Sequence[Row]) -> bool:
+        return len(rows) == len(self._rows) and all(map(is_, rows, self._rows))
 
 
 def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -150,18 +226,19 @@ def _compare(manifest: Manifest, golden: dict[str, Array], whole: Folded) -> Non
             raise BundleError(f"the graph's {output.name!r} is not of the manifest's shape")
     scale = {"mean": _target_std(manifest), "quantiles": _target_std(manifest)}
     for name, array in whole.outputs.items():
-        _close(name, array / scale.get(name, 1.0), golden[f"torch.output.{name}"] / scale.get(name, 1.0))
+        size = scale.get(name, 1.0)
+        _close(name, array / size, golden[f"torch.output.{name}"] / size, manifest.tolerance)
     states = state.stack(manifest.states, whole.rows)
     for spec, array in zip(manifest.states, states, strict=True):
-        _close(spec.name, array, golden[f"torch.state.{spec.name}"])
+        _close(spec.name, array, golden[f"torch.state.{spec.name}"], manifest.tolerance)
 
 
 def _target_std(manifest: Manifest) -> Array:
     return np.array([target.std for target in manifest.targets] or [1.0])
 
 
-def _close(name: str, found: Array, expected: Array) -> None:
-    if found.shape != expected.shape or not np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
+def _close(name: str, found: Array, expected: Array, tolerance: float) -> None:
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=tolerance, atol=tolerance):
         raise BundleError(f"the graph's {name!r} differs from the golden example")
 
 

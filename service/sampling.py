@@ -14,6 +14,8 @@ import numpy as np
 from service.state import Array
 
 MAX_SEED = 2**53 - 1
+AHEAD = 4
+"""how many times the numbers that are needed are worked out at once"""
 _ROUNDS = 10
 _LOW32 = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -35,33 +37,33 @@ class Sampling:
     top_p: float = 1.0
 
 
-def philox(key: int, counters: Array) -> Array:
-    """Philox4x32-10: `counters` [n, 4] uint32 to [n, 4] uint32, under a 64-bit key."""
+def philox(key: Array | np.uint64 | int, counters: Array) -> Array:
+    """Philox4x32-10: `counters` [n, 4] uint32 to [n, 4] uint32, under one 64-bit key or one a row."""
     c = [counters[:, i].astype(np.uint64) for i in range(4)]
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    keys = np.asarray(key, np.uint64)
+    k0, k1 = keys & _LOW32, keys >> _SHIFT
     for _ in range(_ROUNDS):
         p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [
-            (p1 >> _SHIFT) ^ c[1] ^ np.uint64(k0),
-            p1 & _LOW32,
-            (p0 >> _SHIFT) ^ c[3] ^ np.uint64(k1),
-            p0 & _LOW32,
-        ]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        c = [(p1 >> _SHIFT) ^ c[1] ^ k0, p1 & _LOW32, (p0 >> _SHIFT) ^ c[3] ^ k1, p0 & _LOW32]
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW32, (k1 + np.uint64(0xBB67AE85)) & _LOW32
     return np.stack(c, axis=1).astype(np.uint32)
 
 
 def uniforms(seed: int, start: int, count: int, purpose: Purpose, index: int = 0) -> Array:
     """The numbers in [0, 1) of positions start to start + count - 1, [count] float64."""
-    positions = np.arange(start, start + count, dtype=np.uint64)
-    counters = np.empty((count, 4), np.uint32)
+    return _numbers(np.uint64(seed), np.arange(start, start + count, dtype=np.uint64), purpose, index)
+
+
+def _numbers(seeds: Array | np.uint64, positions: Array, purpose: Purpose, index: int = 0) -> Array:
+    """One number a position, under one seed or one a position."""
+    counters = np.empty((len(positions), 4), np.uint32)
     counters[:, 0] = positions & _LOW32
     counters[:, 1] = positions >> _SHIFT
     counters[:, 2] = int(purpose)
     counters[:, 3] = index
-    words = philox(seed, counters).astype(np.uint64)
+    words = philox(seeds, counters).astype(np.uint64)
     bits = (words[:, 0] << np.uint64(21)) ^ (words[:, 1] >> np.uint64(11))
-    return bits.astype(np.float64) * 2.0**-53
+    return np.asarray(bits.astype(np.float64) * 2.0**-53)
 
 
 def log_softmax(logits: Array) -> Array:
@@ -70,25 +72,64 @@ def log_softmax(logits: Array) -> Array:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
-def sample(logits: Array, how: Sequence[Sampling], uniform: Array) -> Array:
-    """One symbol a row: `logits` [n, V], `uniform` [n] -> [n] int64.
+class Sampler:
+    """Draws one symbol a row, for the same rows again and again.
 
     Inverse of the cumulative distribution over the ids in order, with what top-k and top-p leave out at zero.
     A row's symbol depends on that row alone.
     """
-    scores = logits.astype(np.float64)
-    temperature = np.array([s.temperature for s in how])
-    greedy = temperature == 0
-    with np.errstate(over="ignore"):  # a tiny temperature makes what is unlikely impossible
-        scores = (scores - scores.max(axis=1, keepdims=True)) / np.where(greedy, 1.0, temperature)[:, None]
-    weights = np.exp(scores)
-    for i, s in enumerate(how):
-        if 0 < s.top_k < weights.shape[1] or s.top_p < 1:
-            weights[i] *= _kept(weights[i], s)
-    cumulative = np.cumsum(weights, axis=1)
-    threshold = uniform * cumulative[:, -1]
-    drawn = np.minimum((cumulative <= threshold[:, None]).sum(axis=1), weights.shape[1] - 1)
-    return np.asarray(np.where(greedy, logits.argmax(axis=1), drawn), np.int64)
+
+    def __init__(self, how: Sequence[Sampling], seeds: Sequence[int]) -> None:
+        temperature = np.array([s.temperature for s in how])
+        self._greedy = temperature == 0
+        self._any_greedy = bool(self._greedy.any())
+        self._temperature = None if (temperature == 1).all() else np.where(self._greedy, 1.0, temperature)[:, None]
+        self._limited = [(i, s) for i, s in enumerate(how) if s.top_k or s.top_p < 1]
+        self._rows = np.arange(len(how))
+        self._seeds = np.array(seeds, np.uint64)
+        self._ahead, self._next = np.empty((0, len(how))), np.empty(0)
+
+    def numbers(self, first: Array, count: int) -> Array:
+        """The uniform numbers of positions first to first + count - 1, [count, rows]; `first`: one a row."""
+        if len(self._ahead) < count or not np.array_equal(first, self._next):
+            span = np.arange(count * AHEAD, dtype=np.uint64)[:, None]
+            positions = (span + first.astype(np.uint64)).ravel()
+            numbers = _numbers(np.tile(self._seeds, len(span)), positions, Purpose.TOKEN)
+            self._ahead = numbers.reshape(len(span), -1)
+        found, self._ahead, self._next = self._ahead[:count], self._ahead[count:], first + count
+        return found
+
+    def draw(self, logits: Array, uniform: Array) -> tuple[Array, Array]:
+        """`logits` [n, V] and `uniform` [n] to ids [n] int64 and their log-probabilities at temperature 1 [n]."""
+        scores = logits.astype(np.float64)
+        scores -= scores.max(axis=1, keepdims=True)
+        weights = np.exp(scores)
+        cumulative = weights.cumsum(axis=1)
+        total = cumulative[:, -1]
+        if self._temperature is not None or self._limited:
+            drawn = self._drawn(self._weights(scores, weights).cumsum(axis=1), uniform)
+        else:
+            drawn = self._drawn(cumulative, uniform)
+        if self._any_greedy:
+            drawn = np.where(self._greedy, logits.argmax(axis=1), drawn)
+        return drawn, scores[self._rows, drawn] - np.log(total)
+
+    def _weights(self, scores: Array, weights: Array) -> Array:
+        """What symbols weigh under temperature, top-k and top-p."""
+        if self._temperature is not None:
+            with np.errstate(over="ignore"):  # a tiny temperature makes what is unlikely impossible
+                weights = np.exp(scores / self._temperature)
+        for i, s in self._limited:
+            if s.top_k < weights.shape[1] or s.top_p < 1:
+                weights[i] *= _kept(weights[i], s)
+        return weights
+
+    @staticmethod
+    def _drawn(cumulative: Array, uniform: Array) -> Array:
+        """The first symbol whose cumulative weight is beyond the threshold."""
+        beyond = cumulative > (uniform * cumulative[:, -1])[:, None]
+        beyond[:, -1] = True
+        return np.asarray(beyond.argmax(axis=1))
 
 
 def _kept(weights: Array, how: Sampling) -> Array:

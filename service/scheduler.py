@@ -1,24 +1,32 @@
-"""Which rows make the next batch: fair between sessions, equal lengths within a batch.
+"""Which rows make the next batch, and for how many steps: fair between sessions, equal lengths within a batch.
 
-A call of the graph folds the same number of steps for every row, so a row that has n steps to go joins the rows
-with the same power of two of steps (at most `max_chunk`); a fold's result does not depend on how it is cut. The
-batch that has waited longest goes first and a row goes to the back after each tick, so a long feed waits behind
-the streams and they behind it, never longer than a chunk.
+A call folds the same number of steps for every row, so a row that has n steps to go joins the rows with the same power
+of two of steps (at most `MAX_STEPS`); a fold's result does not depend on how it is cut. Rows that know their entries
+and rows that draw them wait apart. The batch that has waited longest goes first and a row goes to the back after each
+tick, so a long feed waits behind the streams and they behind it, never longer than about `TICK_S`.
 """
 
 from collections import deque
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-MAX_CHUNK = 32
+MAX_STEPS = 32
+TICK_S = 0.025
+"""how long a tick may take: what a newcomer waits, and how many tokens of a stream are sent at once"""
+_GUESS_S = 0.001
+_NEWEST = 0.25
 
 
 class Row(Protocol):
     """What the scheduler knows of a piece of work."""
 
     @property
-    def remaining(self) -> int:
-        """Steps that can be folded now, at least 1."""
+    def steps(self) -> int:
+        """Steps that can be taken now, at least 1."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether each step draws the entry of the next one."""
 
 
 R = TypeVar("R", bound=Row)
@@ -26,19 +34,38 @@ R = TypeVar("R", bound=Row)
 
 @dataclass(slots=True)
 class Batch(Generic[R]):
-    """Rows that fold `steps` entries each in the next tick."""
+    """Rows that take `steps` steps each in the next tick."""
 
     rows: list[R]
     steps: int
+    draws: bool
+
+
+class Pace:
+    """How long a step takes, by kind and size of batch: the newest ticks count most."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[bool, int], float] = {}
+
+    def took(self, draws: bool, rows: int, steps: int, seconds: float) -> None:
+        """Learn from a tick."""
+        kind = (draws, rows.bit_length())
+        known = self._seconds.get(kind, seconds / steps)
+        self._seconds[kind] = known + _NEWEST * (seconds / steps - known)
+
+    def most(self, draws: bool, rows: int) -> int:
+        """The steps that fit into a tick, at least 1."""
+        return max(1, int(TICK_S / self._seconds.get((draws, rows.bit_length()), _GUESS_S)))
 
 
 class Scheduler(Generic[R]):
-    """Queues of rows, one a chunk length. Owned by one thread."""
+    """Queues of rows, one a kind and a number of steps. Owned by one thread."""
 
-    def __init__(self, max_batch: int, max_chunk: int = MAX_CHUNK) -> None:
+    def __init__(self, max_batch: int, max_steps: int = MAX_STEPS) -> None:
+        self.pace = Pace()
         self._max_batch = max_batch
-        self._max_chunk = max_chunk
-        self._queues: dict[int, deque[tuple[int, R]]] = {}
+        self._max_steps = max_steps
+        self._queues: dict[tuple[bool, int], deque[tuple[int, R]]] = {}
         self._arrivals = 0
 
     def __len__(self) -> int:
@@ -46,15 +73,23 @@ class Scheduler(Generic[R]):
 
     def add(self, row: R) -> None:
         """Put a row behind those that wait."""
-        steps = 1 << (min(row.remaining, self._max_chunk).bit_length() - 1)
         self._arrivals += 1
-        self._queues.setdefault(steps, deque()).append((self._arrivals, row))
+        kind = (row.draws, _power_of_two(min(row.steps, self._max_steps)))
+        queue = self._queues.get(kind)
+        if queue is None:
+            queue = self._queues[kind] = deque()
+        queue.append((self._arrivals, row))
 
     def next(self) -> Batch[R] | None:
         """The rows of the next tick, taken from the queue whose first row has waited longest."""
-        waiting = [(queue[0][0], steps) for steps, queue in self._queues.items() if queue]
+        waiting = [(queue[0][0], kind) for kind, queue in self._queues.items() if queue]
         if not waiting:
             return None
-        steps = min(waiting)[1]
-        queue = self._queues[steps]
-        return Batch([queue.popleft()[1] for _ in range(min(len(queue), self._max_batch))], steps)
+        draws, steps = min(waiting)[1]
+        queue = self._queues[draws, steps]
+        rows = [queue.popleft()[1] for _ in range(min(len(queue), self._max_batch))]
+        return Batch(rows, min(steps, self.pace.most(draws, len(rows))), draws)
+
+
+def _power_of_two(steps: int) -> int:
+    return 1 << (steps.bit_length() - 1)

@@ -5,23 +5,26 @@ reads, forecasts and states see the newest committed position and wait for nobod
 """
 
 import asyncio
-import secrets
+import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Concatenate, ParamSpec, TypeVar
+from itertools import chain
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import msgspec
 import structlog
 
+from service.engine import Engine
 from service.errors import Problem, invalid, not_ready
 from service.registry import Model, Registry
 from service.replies import Replies
 from service.run import Race, Reader, Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array
-from service.store.base import Commit, Conflict, Generation, Head, Key, Store, tombstone
+from service.store.base import UNREAD, Commit, Conflict, Generation, Head, Key, Store, tombstone
+from service.tasks import Codec, End
 from service.turns import Place, Turn
 from service.work.base import NewSession, Work, new_head
 from service.work.events import Done, Event, Failed, Listener, LostRace, Token
@@ -35,13 +38,19 @@ log = structlog.get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+SHOWN_TOGETHER = 4096
+"""numbers of a session's output: of more the predictions are worked out one session after another"""
+
 MANY = 1024
 """work on more items than this is done beside the event loop"""
 
 
+_random = random.Random()
+
+
 def new_seed() -> int:
-    """A random seed."""
-    return secrets.randbelow(MAX_SEED + 1)
+    """A random seed; no secret, so it need not come from the system, which would give the GIL away."""
+    return _random.randrange(MAX_SEED + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +66,167 @@ class Opening:
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """A sequence to feed, and what its answer shows."""
+
+    given: object
+    shown: Literal["last", "all", "none"] = "last"
+    alternatives: int = 5
+    kept: Callable[[Model], KeptAnswer] | None = None
+
+    def check(self, model: Model, steps: int) -> None:
+        """Raise Problem when the answer would be too large."""
+        most = model.most_steps(self.alternatives)
+        if (steps if self.shown == "all" else 1) > most:
+            raise invalid(f"at most {most} predictions a request with these alternatives", "/predictions")
+
+
+@dataclass(frozen=True, slots=True)
 class Fed:
     """The outcome of a feed: the model, and what the engine answered."""
 
     model: Model
     done: Done
     head: Head
+    shown: list[dict[str, Any]] | None = None
+    """the prediction at the last position, where it was worked out already"""
+
+
+class Ending:
+    """The end of a piece of work: its listener, and what one waits for."""
+
+    __slots__ = ("_event", "_waiter")
+
+    def __init__(self) -> None:
+        self._event: Event | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Take the event, on the event loop."""
+        self.settle(event)
+
+    def settle(self, event: Event) -> None:
+        """Tell the one who waits."""
+        self._event = event
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the work has ended."""
+        return self._event is not None
+
+    async def wait(self) -> Event:
+        """The last event, once it has come; at most one may wait."""
+        while self._event is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._event
+
+
+class Outbox:
+    """Hands work to its engine once a turn of the event loop: what came together is one call and one batch."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Engine, list[Sequence[Work]]] = {}
+
+    def put(self, engine: Engine, works: Sequence[Work]) -> None:
+        """Submit work that begins at the same time, all or none; a refusal reaches its listeners."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.setdefault(engine, []).append(works)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for engine, groups in waiting.items():
+            try:
+                engine.submit(*chain.from_iterable(groups))
+            except Problem:
+                for works in groups:  # not all of them fit
+                    _submit(engine, works)
+
+
+def _submit(engine: Engine, works: Sequence[Work]) -> None:
+    try:
+        engine.submit(*works)
+    except Problem as problem:
+        for work in works:
+            work.listener(Failed(problem))
+
+
+class Feeding(Ending):
+    """A feed that has begun; it keeps its session's turn until it has ended, whoever waits for it."""
+
+    __slots__ = ("_arrivals", "_place", "inputs", "model", "shown", "work")
+
+    def __init__(self, model: Model, inputs: Inputs, place: Place, arrivals: "Arrivals") -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = inputs
+        self.shown: list[dict[str, Any]] | None = None
+        self.work: Feed | None = None
+        self._place = place
+        self._arrivals = arrivals
+
+    def __call__(self, event: Event) -> None:
+        """Take the event, give the turn to the next; who waits is told when all that came together can be shown."""
+        self.work = None  # it holds this listener and its session's arrays: a cycle would keep them
+        self._place.leave()
+        self._arrivals.add(self, event)
+
+    async def outcome(self) -> Fed:
+        """What was fed; raises Problem, or Race when somebody else was first."""
+        works = (self.work,) if self.work is not None else ()
+        done = (await _ends(self.model.engine, works, (self,)))[0]
+        return Fed(self.model, done, head_of(done), self.shown)
+
+    def drop(self) -> None:
+        """Feed nothing if that is still possible: nobody waits for it."""
+        if self.work is not None:
+            self.work.stop = "suspend"
+            self.model.engine.wake()
+
+
+class Arrivals:
+    """Feeds that have ended in one tick: their predictions are worked out together, which costs a tenth."""
+
+    def __init__(self) -> None:
+        self._arrived: list[tuple[Feeding, Event]] = []
+        self.more = False
+        """whether further events of the same tick are about to come"""
+
+    def add(self, feeding: Feeding, event: Event) -> None:
+        """Take the end of a feed; those that come in the same turn of the event loop are one group."""
+        if not self._arrived and not self.more:
+            asyncio.get_running_loop().call_soon(self.pass_on)
+        self._arrived.append((feeding, event))
+
+    def pass_on(self) -> None:
+        """Tell those who wait; called as soon as a tick's events have all been taken."""
+        arrived, self._arrived = self._arrived, []
+        try:
+            _show_together(arrived)
+        except Exception:
+            log.exception("predictions_failed")  # each request tries for itself
+        for feeding, event in arrived:
+            feeding.settle(event)
+
+
+def _show_together(arrived: Sequence[tuple[Feeding, Event]]) -> None:
+    groups: dict[tuple[Codec, int], list[tuple[Feeding, Done]]] = {}
+    for feeding, event in arrived:
+        if isinstance(event, Done) and feeding.inputs.shown == "last" and _narrow(event):
+            alike = groups.setdefault((feeding.model.engine.codec, feeding.inputs.alternatives), [])
+            alike.append((feeding, event))
+    for (codec, alternatives), ended in groups.items():
+        ends = [End(done.outputs, done.before, done.entries, head_of(done).position) for _, done in ended]
+        for (feeding, _), one in zip(ended, codec.newest(ends, alternatives), strict=True):
+            feeding.shown = [one]
+
+
+def _narrow(done: Done) -> bool:
+    """Whether the outputs are few numbers: many are shown one session after another."""
+    return sum(array.size for array in done.outputs.values()) <= SHOWN_TOGETHER
 
 
 class Sessions:
@@ -76,6 +240,8 @@ class Sessions:
         self._wait_s = wait_s
         self._turns: dict[Key, Turn] = {}
         self._runs: dict[Key, Run] = {}
+        self._outbox = Outbox()
+        self._arrivals = Arrivals()
         self.draining = False
 
     # ------------------------------------------------------------------ reading
@@ -88,7 +254,9 @@ class Sessions:
         """The newest committed head, also of a session that has ended."""
         # Queued or running work keeps a session from expiring under it.
         turn = self._turns.get(key)
-        return await asyncio.to_thread(self.store.head, key, turn.since_ms if turn is not None else None)
+        since_ms = turn.since_ms if turn is not None else None
+        head = self.store.peek(key, since_ms)
+        return head if head is not UNREAD else await asyncio.to_thread(self.store.head, key, since_ms)
 
     def model_of(self, head: Head) -> Model:
         """The model version that a session is pinned to."""
@@ -215,36 +383,59 @@ class Sessions:
         if run is not None:
             run.ask("cancel")
 
-    async def feed(
-        self,
-        key: Key,
-        inputs: object,
-        opening: Opening,
-        last_only: bool,
-        alternatives: int,
-        kept: Callable[[Model], KeptAnswer] | None = None,
-    ) -> Fed:
+    async def feed(self, key: Key, inputs: Inputs, opening: Opening) -> Fed:
         """Feed a sequence: all of it or nothing; raises Race when somebody else was first."""
-        async with self.turn(key):
-            model, at = await self._open(key, opening)
-            entries = await _encode(model, inputs)
-            _bound_outputs(model, 1 if last_only else len(entries), alternatives)
-            at = await self._ready(at)
-            done = await self.do(model, Feed, at, entries, last_only, kept(model) if kept is not None else None)
-            return Fed(model, done, head_of(done))
+        begun = self.feed_now(key, inputs, opening)
+        if begun is None:
+            begun = await self._feed_later(key, inputs, opening)
+        return await begun.outcome()
+
+    def feed_now(self, key: Key, inputs: Inputs, opening: Opening) -> Feeding | None:
+        """Begin a feed that has to wait for nothing: its turn, the store, a long input. None: it has to."""
+        head = self.store.peek(key)
+        if head is UNREAD or _many(inputs.given) or (head is not None and _owes_an_answer(head)):
+            return None
+        place = self.turn(key)
+        if not place.take():
+            return None
+        try:
+            model, at = self._opened(key, opening, head)
+            entries = model.engine.codec.encode(inputs.given)
+            inputs.check(model, len(entries))
+            return self._feed(place, model, at, entries, inputs)
+        except BaseException:
+            place.leave()
+            raise
+
+    async def _feed_later(self, key: Key, inputs: Inputs, opening: Opening) -> Feeding:
+        place = self.turn(key)
+        await place.__aenter__()
+        try:
+            model, at = self._opened(key, opening, await self.stored(key))
+            entries = await _encode(model, inputs.given)
+            inputs.check(model, len(entries))
+            return self._feed(place, model, await self._ready(at), entries, inputs)
+        except BaseException:
+            place.leave()
+            raise
+
+    def _feed(self, place: Place, model: Model, at: Head | NewSession, entries: Array, inputs: Inputs) -> Feeding:
+        feeding = Feeding(model, inputs, place, self._arrivals)
+        kept = inputs.kept(model) if inputs.kept is not None else None
+        feeding.work = Feed(feeding, at, entries, inputs.shown != "all", kept)
+        self._outbox.put(model.engine, (feeding.work,))
+        return feeding
 
     async def _ready(self, at: Head | NewSession) -> Head | NewSession:
         """The session as it can be moved: a suspended generate with a key has left its answer."""
-        if isinstance(at, Head) and at.generation is not None and at.generation.key:
-            return await self.abandon(at)
-        return at
+        return await self.abandon(at) if isinstance(at, Head) and _owes_an_answer(at) else at
 
     async def generate(self, key: Key, inputs: object | None, generation: Generation, opening: Opening) -> Run:
         """Begin a generate; it goes on while somebody reads it."""
         turn = self.turn(key)
         await turn.__aenter__()
         try:
-            model, at = await self._open(key, opening)
+            model, at = self._opened(key, opening, await self.stored(key))
             _needs_language_model(model)
             prompt = await _encode(model, inputs) if inputs is not None else None
             seed = opening.seed if opening.seed is not None else at.seed
@@ -345,6 +536,14 @@ class Sessions:
 
     # ------------------------------------------------------------------ upkeep
 
+    def deliver(self, events: Sequence[tuple[Listener, Event]]) -> None:
+        """Take a tick's events, on the event loop."""
+        self._arrivals.more = True
+        for listener, event in events:
+            listener(event)
+        self._arrivals.more = False
+        self._arrivals.pass_on()
+
     async def sweep(self) -> None:
         """Expire and forget what is due, but nothing that has work under way."""
         await asyncio.to_thread(self.store.sweep, frozenset(self._turns))
@@ -360,8 +559,8 @@ class Sessions:
         self.suspend_all()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                for turn in list(self._turns.values()):
-                    async with turn.lock:
+                for key in list(self._turns):
+                    async with Place(self._turns, key, grace_s, urgent=True):
                         pass
 
     # ------------------------------------------------------------------ inside
@@ -372,9 +571,8 @@ class Sessions:
             raise not_ready("the service is stopping")
         return Place(self._turns, key, self._wait_s, urgent)
 
-    async def _open(self, key: Key, opening: Opening) -> tuple[Model, Head | NewSession]:
+    def _opened(self, key: Key, opening: Opening, head: Head | None) -> tuple[Model, Head | NewSession]:
         """The live session and its model, or what a new one begins with; raises Problem when neither can be."""
-        head = await self.stored(key)
         if head is None or head.status != "live":
             if opening.model is None or opening.position not in (None, 0):
                 live(key, head)
@@ -404,19 +602,24 @@ class Sessions:
         """Submit work that begins at the same time, all or none; when the caller is cancelled it is dropped first."""
         if self.draining:
             raise not_ready("the service is stopping")
-        loop = asyncio.get_running_loop()
-        ended: list[asyncio.Future[Event]] = [loop.create_future() for _ in makes]
-        works = [make(future.set_result) for make, future in zip(makes, ended, strict=True)]
-        model.engine.submit(*works)
-        try:
-            events = await asyncio.shield(asyncio.gather(*ended))
-        except asyncio.CancelledError:
-            for work in works:
-                work.stop = "suspend"
-            model.engine.wake()
-            await asyncio.shield(asyncio.gather(*ended))
-            raise
-        return [_done(event) for event in events]
+        endings = [Ending() for _ in makes]
+        works = [make(ending) for make, ending in zip(makes, endings, strict=True)]
+        self._outbox.put(model.engine, works)
+        return await _ends(model.engine, works, endings)
+
+
+async def _ends(engine: Engine, works: Sequence[Work], endings: Sequence[Ending]) -> list[Done]:
+    """Wait for the end of work; when the caller is cancelled it is dropped first."""
+    try:
+        events = [await ending.wait() for ending in endings]
+    except asyncio.CancelledError:
+        for work in works:
+            work.stop = "suspend"
+        engine.wake()
+        for ending in endings:
+            await ending.wait()
+        raise
+    return [_done(event) for event in events]
 
 
 def _done(event: Event) -> Done:
@@ -453,8 +656,16 @@ def head_of(done: Done) -> Head:
 async def _encode(model: Model, inputs: object) -> Array:
     """Inputs as entries; many of them beside the event loop."""
     encode = model.engine.codec.encode
-    few = not isinstance(inputs, str | list) or len(inputs) < MANY
-    return encode(inputs) if few else await asyncio.to_thread(encode, inputs)
+    return await asyncio.to_thread(encode, inputs) if _many(inputs) else encode(inputs)
+
+
+def _many(inputs: object) -> bool:
+    return isinstance(inputs, str | list) and len(inputs) >= MANY
+
+
+def _owes_an_answer(head: Head) -> bool:
+    """Whether the session's generate has a key under which its answer may have to be kept before it is abandoned."""
+    return head.generation is not None and bool(head.generation.key)
 
 
 def _unfinished(head: Head) -> bool:
@@ -465,9 +676,3 @@ def _needs_language_model(model: Model) -> None:
     manifest = model.bundle.manifest
     if manifest.task != "language-model":
         raise Problem("task_mismatch", f"{manifest.name} is a {manifest.task}: generate is for language models")
-
-
-def _bound_outputs(model: Model, shown: int, alternatives: int) -> None:
-    most = model.most_steps(alternatives)
-    if shown > most:
-        raise invalid(f"at most {most} predictions a request with these alternatives", "/predictions")

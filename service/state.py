@@ -38,11 +38,20 @@ def stack(specs: Sequence[StateSpec], rows: Sequence[Row]) -> list[Array]:
 
 
 def unstack(specs: Sequence[StateSpec], batch: Sequence[Array]) -> list[Row]:
-    """Batch arrays to rows that own their memory; inverse of `stack`."""
-    moved = [
-        np.ascontiguousarray(np.moveaxis(array, spec.batch_axis, 0)) for spec, array in zip(specs, batch, strict=True)
-    ]
-    return [tuple(array[i].copy() for array in moved) for i in range(len(moved[0]))]
+    """Batch arrays to rows that share their memory; inverse of `stack`."""
+    moved = [np.moveaxis(array, spec.batch_axis, 0) for spec, array in zip(specs, batch, strict=True)]
+    return list(zip(*(list(array) for array in moved), strict=True))
+
+
+def own(row: Row) -> Row:
+    """The same row in memory of its own: one that is kept does not keep its whole batch."""
+    return tuple(owned(array) for array in row)
+
+
+def owned(array: Array) -> Array:
+    """The same numbers in an array that keeps no larger one in memory."""
+    base = array.base
+    return array if base is None or getattr(base, "nbytes", array.nbytes) == array.nbytes else array.copy()
 
 
 def equal(a: Row, b: Row) -> bool:
@@ -62,7 +71,9 @@ def digest(row: Row) -> str:
 
 def dump(specs: Sequence[StateSpec], row: Row, metadata: dict[str, str] | None = None) -> bytes:
     """A row as safetensors, one tensor a state, by the manifest's names."""
-    return safetensors.numpy.save({spec.name: array for spec, array in zip(specs, row, strict=True)}, metadata)
+    # Of an array that is not contiguous it would write other numbers than are in it.
+    tensors = {spec.name: np.ascontiguousarray(array) for spec, array in zip(specs, row, strict=True)}
+    return safetensors.numpy.save(tensors, metadata)
 
 
 def metadata(data: bytes) -> dict[str, str]:

@@ -5,8 +5,8 @@ An entry is one input of the network as the log keeps it: a symbol's id (int32) 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,20 @@ from service.state import Array
 Output = dict[str, Array]
 """The graph's outputs at one position, or at consecutive ones: name to [...] or [n, ...]."""
 
+SORTED_WHOLE = 512
+"""Symbols: more are not all sorted to find the most likely ones."""
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class End(NamedTuple):
+    """What a feed has left to be shown of its last position."""
+
+    outputs: Output
+    """[1, ...] by name"""
+    before: Output | None
+    entries: Array
+    position: int
 
 
 class Codec:
@@ -32,6 +45,9 @@ class Codec:
         self._features = {feature.name: i for i, feature in enumerate(manifest.features)}
         self._target_features = [self._features.get(target.name) for target in manifest.targets]
         self.entry_shape = () if self.symbolic else (len(manifest.features),)
+        judged = {"language-model": "logits", "forecaster": "quantiles" if manifest.quantiles else ""}
+        self._judged = judged.get(manifest.task, "")
+        """the output that says how unexpected an entry was"""
         self.entry_dtype = np.dtype("<i4") if self.symbolic else np.dtype("<f4")
 
     # ------------------------------------------------------------------ inputs
@@ -152,18 +168,33 @@ class Codec:
 
         `before` is the output at position first - 1: what the surprise of the first entry is measured against.
         """
+        expected = _shifted(outputs[self._judged], before[self._judged] if before else None) if self._judged else None
+        return self._predictions(outputs, expected, entries, range(first, first + len(entries)), alternatives)
+
+    def newest(self, ends: Sequence[End], alternatives: int) -> list[dict[str, Any]]:
+        """The same for the last positions of many sessions, worked out together."""
+        outputs = {name: np.concatenate([end.outputs[name] for end in ends]) for name in ends[0].outputs}
+        expected = np.concatenate([_expected(self._judged, end) for end in ends]) if self._judged else None
+        entries = np.concatenate([end.entries[-1:] for end in ends])
+        return self._predictions(outputs, expected, entries, [end.position for end in ends], alternatives)
+
+    def _predictions(
+        self, outputs: Output, expected: Array | None, entries: Array, positions: Iterable[int], alternatives: int
+    ) -> list[dict[str, Any]]:
         shown = self._shown(outputs, alternatives)
-        surprise = self._surprise(outputs, before, entries)
-        for i, prediction in enumerate(shown):
-            prediction["position"] = first + i
-            if surprise is not None and not math.isnan(surprise[i]):
-                prediction["surprise"] = float(surprise[i])
+        for prediction, position in zip(shown, positions, strict=True):
+            prediction["position"] = position
+        surprise = self._surprise(expected, entries) if expected is not None else None
+        if surprise is not None:
+            for prediction, one in zip(shown, surprise.tolist(), strict=True):
+                if not math.isnan(one):
+                    prediction["surprise"] = one
         return shown
 
     def _shown(self, outputs: Output, alternatives: int) -> list[dict[str, Any]]:
         match self.manifest.task:
             case "language-model":
-                return [{"alternatives": self.alternatives(row, alternatives)} for row in outputs["logits"]]
+                return [{"alternatives": row} for row in self._alternatives(outputs["logits"], alternatives)]
             case "classifier":
                 return [self._classified(row) for row in np.exp(log_softmax(outputs["logits"]))]
             case _:
@@ -171,9 +202,16 @@ class Codec:
 
     def alternatives(self, logits: Array, count: int) -> list[dict[str, Any]]:
         """The `count` most likely symbols for `logits` [V], most likely first."""
+        return self._alternatives(logits[None], count)[0]
+
+    def _alternatives(self, logits: Array, count: int) -> list[list[dict[str, Any]]]:
         logprobs = log_softmax(logits)
-        order = np.argsort(-logprobs, kind="stable")[:count]
-        return [{"token": int(i), "text": self.text(int(i)), "logprob": float(logprobs[i])} for i in order]
+        order = _most_likely(logprobs, count)
+        likely = zip(order.tolist(), logprobs[np.arange(len(order))[:, None], order].tolist(), strict=True)
+        symbols = self.manifest.symbols
+        return [
+            [{"token": i, "text": symbols[i], "logprob": p} for i, p in zip(ids, ps, strict=True)] for ids, ps in likely
+        ]
 
     def _classified(self, probabilities: Array) -> dict[str, Any]:
         labels = self.manifest.labels
@@ -196,15 +234,11 @@ class Codec:
         """One step of a forecast for the outputs at one position."""
         return self._forecast({name: array[None] for name, array in output.items()}, 0)
 
-    def _surprise(self, outputs: Output, before: Output | None, entries: Array) -> Array | None:
+    def _surprise(self, expected: Array, entries: Array) -> Array | None:
         """How unexpected each entry was, [n] float64; NaN where nothing was predicted."""
         if self.manifest.task == "language-model":
-            expected = _shifted("logits", outputs, before)
-            logprobs = log_softmax(expected)
-            return -np.asarray(logprobs[np.arange(len(entries)), entries])
-        if self.manifest.task == "forecaster" and self.manifest.quantiles:
-            return self._pinball(_shifted("quantiles", outputs, before), entries)
-        return None
+            return -np.asarray(log_softmax(expected)[np.arange(len(entries)), entries])
+        return self._pinball(expected, entries)
 
     def _pinball(self, quantiles: Array, entries: Array) -> Array | None:
         """Mean pinball loss in training standard deviations: `quantiles` [n, Q, K], `entries` [n, F] -> [n]."""
@@ -262,10 +296,28 @@ def _character_table(manifest: Manifest) -> Array | None:
     return table
 
 
-def _shifted(name: str, outputs: Output, before: Output | None) -> Array:
+def _most_likely(logprobs: Array, count: int) -> Array:
+    """Ids of the `count` greatest of each row of [n, V], greatest first, equal ones by id."""
+    if logprobs.shape[1] <= SORTED_WHOLE:
+        return np.asarray(np.argsort(-logprobs, axis=1, kind="stable")[:, :count])
+    count = min(count, logprobs.shape[1])
+    found = np.empty((len(logprobs), count), np.int64)
+    for i, row in enumerate(logprobs):
+        least = np.partition(row, -count)[-count] if count else np.inf
+        likely = np.flatnonzero(row >= least)
+        found[i] = likely[np.argsort(-row[likely], kind="stable")][:count]
+    return found
+
+
+def _expected(name: str, end: End) -> Array:
+    """What was predicted of the last position, [1, ...]; NaN where there was nothing."""
+    return end.before[name][None] if end.before is not None else np.full_like(end.outputs[name], np.nan)
+
+
+def _shifted(output: Array, before: Array | None) -> Array:
     """What was predicted of each position: the outputs moved by one, NaN where there was none."""
-    first = before[name][None] if before is not None else np.full_like(outputs[name][:1], np.nan)
-    return np.concatenate([first, outputs[name][:-1]])
+    first = before[None] if before is not None else np.full_like(output[:1], np.nan)
+    return np.concatenate([first, output[:-1]])
 
 
 def _value(feature: Feature, value: object, pointer: str) -> float:
@@ -301,6 +353,22 @@ class TextStream:
         certain = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
         text, self._held = self._held[:certain], self._held[certain:]
         return text, False
+
+    def extend(self, tokens: Sequence[int]) -> tuple[list[str], bool]:
+        """What `push` gives for each, up to the one at which a stop string ended it."""
+        if not self._stop:
+            texts = [self._separator + self._codec.text(token) for token in tokens]
+            if not self._begun and texts:
+                texts[0] = texts[0][len(self._separator) :]
+            self._begun = True
+            return texts, False
+        texts = []
+        for token in tokens:
+            text, stopped = self.push(token)
+            texts.append(text)
+            if stopped:
+                return texts, True
+        return texts, False
 
     def flush(self) -> str:
         """The text still held back, once no token can follow."""

@@ -1,6 +1,7 @@
 """Taking turns: operations that change one session run one after another, in order of arrival."""
 
 import asyncio
+from contextlib import suppress
 
 from service.errors import Problem
 from service.store.base import Key, now_ms
@@ -11,52 +12,83 @@ MAX_WAITING = 16
 class Turn:
     """Who may change a session now, and who waits for it."""
 
+    __slots__ = ("since_ms", "users", "waiting")
+
     def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.users = 0
+        self.users = 1
+        """the one whose turn it is, and those who wait"""
+        self.waiting: list[asyncio.Future[None]] = []
         self.since_ms = now_ms()
 
 
 class Place:
     """A place in a session's queue, and its turn once it has come."""
 
+    __slots__ = ("_key", "_turn", "_turns", "_urgent", "_wait_s", "_what")
+
     def __init__(
         self, turns: dict[Key, Turn], key: Key, wait_s: float, urgent: bool = False, what: str = "session"
     ) -> None:
-        self._what = f"{what} {key[1]!r}"
+        self._what = what
         self._turns = turns
         self._key = key
         self._wait_s = wait_s
         self._urgent = urgent
         self._turn: Turn | None = None
 
+    def take(self) -> bool:
+        """Take the turn if nobody has it."""
+        if self._key in self._turns:
+            return False
+        self._turn = self._turns[self._key] = Turn()
+        return True
+
     async def __aenter__(self) -> "Place":
-        turn = self._turns.setdefault(self._key, Turn())
-        if turn.users > MAX_WAITING and not self._urgent:
-            raise Problem("session_busy", f"{MAX_WAITING} operations wait for {self._what}; try again later")
-        turn.users += 1
-        try:
-            async with asyncio.timeout(self._wait_s):
-                await turn.lock.acquire()
-        except BaseException as error:
-            self._release(turn)
-            if isinstance(error, TimeoutError):
-                raise Problem("session_busy", f"waited {self._wait_s:g} s for {self._what}") from error
-            raise
-        self._turn = turn
+        if not self.take():
+            await self._queue(self._turns[self._key])
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.leave()
 
+    async def _queue(self, turn: Turn) -> None:
+        if turn.users > MAX_WAITING and not self._urgent:
+            raise Problem("session_busy", f"{MAX_WAITING} operations wait for {self._name}; try again later")
+        turn.users += 1
+        self._turn = turn
+        called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn.waiting.append(called)
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await called
+        except BaseException as error:
+            self._give_up(turn, called)
+            if isinstance(error, TimeoutError):
+                raise Problem("session_busy", f"waited {self._wait_s:g} s for {self._name}") from error
+            raise
+
+    def _give_up(self, turn: Turn, called: "asyncio.Future[None]") -> None:
+        if not called.cancelled():
+            self.leave()  # the turn came at the same moment: the next one takes it
+            return
+        self._turn = None
+        turn.users -= 1
+        with suppress(ValueError):  # passed over already by one that has left
+            turn.waiting.remove(called)
+
+    @property
+    def _name(self) -> str:
+        return f"{self._what} {self._key[1]!r}"
+
     def leave(self) -> None:
         """Give the turn to the next."""
-        if self._turn is not None:
-            turn, self._turn = self._turn, None
-            turn.lock.release()
-            self._release(turn)
-
-    def _release(self, turn: Turn) -> None:
+        turn, self._turn = self._turn, None
+        if turn is None:
+            return
         turn.users -= 1
-        if turn.users == 0:
-            del self._turns[self._key]
+        while turn.waiting:
+            called = turn.waiting.pop(0)
+            if not called.done():
+                called.set_result(None)
+                return
+        del self._turns[self._key]

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 START_S = 20.0
@@ -64,7 +65,8 @@ class RedisServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "server.conf").write_text(self._configuration())
         with (self.folder / "server.log").open("ab") as output:
-            self._process = subprocess.Popen([binary, self.folder / "server.conf"], stdout=output, stderr=output)
+            command = [binary, str(self.folder / "server.conf")]
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
         try:
             self._wait()
         except BaseException:
@@ -104,9 +106,10 @@ class RedisServer:
             return connection.recv(65536)
 
     def kill(self) -> None:
-        """kill -9: what is not written to the file is lost."""
+        """kill -9, with the child that may be writing another file: what is not written is lost."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(START_S)
             self._process = None
 

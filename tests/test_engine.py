@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from rigs import MakeRig, Rig
 
+from service import scheduler
 from service.errors import Problem
-from service.runner import Folded, Runner
+from service.runner import Draw, Folded, Runner
 from service.state import Array, Row
 from service.store.base import Commit, CommitUnknown, Conflict, Generation, Head, Key, Snapshot, StoreError
 from service.store.memory import MemoryStore
 from service.work.base import NewSession, Work
-from service.work.events import Done, Event, Failed, LostRace, Suspended, Token
+from service.work.events import Done, Event, Failed, LostRace, Suspended, Token, Tokens
 from service.work.feed import Feed, Predict
 from service.work.generate import Generate
 from service.work.look import Peek
@@ -27,17 +28,23 @@ POISON = 12
 class Ear:
     """A listener: the events of one piece of work."""
 
-    def __init__(self, hook: Callable[[Event], None] | None = None) -> None:
-        self.events: list[Event] = []
+    def __init__(self, hook: Callable[[Event | Token], None] | None = None) -> None:
+        self.events: list[Event | Token] = []
         self._ended = threading.Event()
         self._hook = hook
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, Tokens):
+            for token in event.each():
+                self._take(token)
+        else:
+            self._take(event)
+            self._ended.set()
+
+    def _take(self, event: Event | Token) -> None:
         if self._hook is not None:
             self._hook(event)
         self.events.append(event)
-        if not isinstance(event, Token):
-            self._ended.set()
 
     def end(self) -> Any:  # noqa: ANN401 (an event)
         """The last event."""
@@ -104,7 +111,7 @@ def test_a_feed_is_committed_before_its_answer(rig: MakeRig) -> None:
     store = MemoryStore()
     seen: list[int] = []
 
-    def look(event: Event) -> None:
+    def look(event: Event | Token) -> None:
         head = store.head(key())
         seen.append(head.position if head is not None else -1)
 
@@ -116,9 +123,9 @@ def test_a_feed_is_committed_before_its_answer(rig: MakeRig) -> None:
 
 def test_a_token_is_committed_before_it_is_sent(rig: MakeRig) -> None:
     store = MemoryStore()
-    late: list[Event] = []
+    late: list[Event | Token] = []
 
-    def look(event: Event) -> None:
+    def look(event: Event | Token) -> None:
         head = store.head(key())
         if isinstance(event, Token) and (head is None or head.position < event.position):
             late.append(event)
@@ -172,6 +179,13 @@ class CountingRunner:
     def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
         self.calls.append((len(rows), len(chunks[0])))
         return self._runner.run(chunks, rows)
+
+    def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
+        self.calls.append((len(rows), steps))
+        return self._runner.roll(entries, rows, steps, draw, ahead)
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 def test_work_that_waits_together_runs_together(rig: MakeRig) -> None:
@@ -305,7 +319,7 @@ def test_a_generate_whose_commit_fails_has_sent_only_what_is_committed(rig: Make
     one.engine.submit(Generate(ear, NewSession(key(), 5), symbols(1), generation()))
     assert ear.problem().code == "not_ready"
     head = store.head(key())
-    assert head.position == 5 == len([event for event in ear.events if isinstance(event, Token)]) + 1
+    assert 5 <= head.position < 11 and head.position == len(tokens(ear)) + 1
     assert head.generation is not None and head.generation.finish_reason is None
 
 
@@ -415,11 +429,94 @@ def test_a_generate_that_nobody_reads_is_suspended_and_resumed_to_the_same_text(
     second = Ear()
     one.engine.submit(Generate(second, head, None, head.generation, resumed=True))
     assert isinstance(second.end(), Done)
-    assert tokens(first) + tokens(second) == tokens(whole) and len(tokens(whole)) == 60
+    assert tokens(first) + tokens(second) == tokens(whole) and 20 <= len(tokens(first)) < len(tokens(whole)) == 60
 
 
 def tokens(ear: Ear) -> list[tuple[int, int, str, float]]:
     return [(e.position, e.token, e.text, e.logprob) for e in ear.events if isinstance(e, Token)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_generate_that_stops_within_a_roll_out_goes_on_from_its_exact_end(rig: MakeRig, temperature: float) -> None:
+    one = rig()
+    whole = Ear()
+    start = generation(max_tokens=60, temperature=temperature)
+    one.engine.submit(Generate(whole, NewSession(key("whole"), 5), symbols(1), start))
+    text = "".join(text for _, _, text, _ in tokens(whole)) if whole.end() else ""
+    stopped = Ear()
+    stop = generation(max_tokens=60, temperature=temperature, stop=(text[20:24],))
+    one.engine.submit(Generate(stopped, NewSession(key(), 5), symbols(1), stop))
+    end = stopped.end()
+    assert end.generation.finish_reason == "stop" and len(tokens(stopped)) == text.find(text[20:24]) + 4
+    assert row_of(one) == expected_row(one, entries_of(one))
+    feed(one, symbols(1, 2)).end()
+    assert row_of(one) == expected_row(one, entries_of(one))
+
+
+def entries_of(rig: Rig, name: str = "s") -> Array:
+    """The whole log."""
+    head = known(rig, name)
+    data = b"".join(segment.data for segment in rig.store.log(head.branch, 0, head.position))
+    return rig.engine.codec.entries(data)
+
+
+@pytest.mark.parametrize("prompt", [None, (1,), (1, 2, 3)])
+@pytest.mark.parametrize("max_tokens", [1, 2, 33])
+def test_a_generate_may_begin_on_a_fed_session(rig: MakeRig, prompt: tuple[int, ...] | None, max_tokens: int) -> None:
+    one = rig()
+    ears = []
+    for fed in ((4, 5, 6, *(prompt or ())), (4, 5, 6)):
+        name = str(len(ears))
+        feed(one, symbols(*fed), name, new=True).end()
+        given = symbols(*prompt) if ears and prompt else None
+        ears.append(Ear())
+        one.engine.submit(Generate(ears[-1], known(one, name), given, generation(max_tokens=max_tokens)))
+        assert ears[-1].end().generation.finish_reason == "length"
+        assert row_of(one, name) == expected_row(one, entries_of(one, name))
+    assert tokens(ears[0]) == tokens(ears[1]) and len(tokens(ears[0])) == max_tokens
+
+
+def test_the_number_of_tokens_a_tick_changes_nothing(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> list[list[tuple[int, int, str, float]]]:
+        one = rig(start=False)
+        ears = [Ear() for _ in range(7)]
+        for i, ear in enumerate(ears):
+            how = generation(max_tokens=11 * (i + 1), temperature=0.5 + i % 3, top_k=i, seed=i)
+            one.engine.submit(Generate(ear, NewSession(key(str(i)), i), many(1 + 5 * i), how))
+        one.start()
+        return [tokens(ear) for ear in ears if ear.end()]
+
+    rolled = told()
+    monkeypatch.setattr(scheduler, "TICK_S", 0.0)
+    assert told() == rolled
+
+
+class PoisonedLogits(CountingRunner):
+    """Raises, or gives NaN, when a roll-out folds the poison."""
+
+    raises = False
+
+    def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
+        if (entries == POISON).any() and self.raises:
+            raise RuntimeError("poison")
+        folded = super().roll(entries, rows, steps, draw, ahead)
+        return Folded(folded.outputs, folded.rows, finite=not (entries == POISON).any())
+
+
+@pytest.mark.parametrize(("raises", "code"), [(True, "internal"), (False, "numeric_fault")])
+def test_a_roll_out_that_fails_harms_that_session_alone(
+    rig: MakeRig, monkeypatch: pytest.MonkeyPatch, raises: bool, code: str
+) -> None:
+    monkeypatch.setattr(PoisonedLogits, "raises", raises)
+    one, alone = rig(start=False, wrap=PoisonedLogits), Ear()
+    how = generation(max_tokens=1)
+    ears = [Ear() for _ in range(6)]
+    for i, ear in enumerate(ears):
+        one.engine.submit(Generate(ear, NewSession(key(f"s{i}"), 1), symbols(POISON if i == 3 else 2), how))
+    one.start()
+    assert ears[3].problem().code == code and one.store.head(key("s3")) is None
+    one.engine.submit(Generate(alone, NewSession(key("alone"), 1), symbols(2), how))
+    assert alone.end() and all(tokens(ear) == tokens(alone) for i, ear in enumerate(ears) if i != 3)
 
 
 def test_stopping_finishes_what_is_queued(rig: MakeRig) -> None:

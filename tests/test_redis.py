@@ -716,8 +716,7 @@ class AnySequenceInRedis(AnySequence):
         self.replicas = [RedisStore(self.server.url) for _ in range(2)]
         return self.replicas[0]
 
-    def teardown(self) -> None:
-        super().teardown()
+    def stop(self) -> None:
         for replica in self.replicas:
             replica.close()
         self.server.kill()

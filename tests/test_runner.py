@@ -136,16 +136,15 @@ def test_an_initial_state_that_is_not_zero_is_refused_by_the_golden_example(mode
 
 def disturb(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:  # noqa: ANN401 (a condition)
     """Change the last bit of the outputs where `when(rows, steps)` says so."""
-    run_batch = Runner._run_batch
+    run = Runner._run
 
-    def disturbed(self: Runner, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
-        folded = run_batch(self, chunks, rows)
-        if not when(len(rows), len(chunks[0])):
-            return folded
-        outputs = {name: np.nextafter(array, np.float32(np.inf)) for name, array in folded.outputs.items()}
-        return Folded(outputs, folded.rows)
+    def disturbed(self: Runner, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array]]:
+        outputs, after = run(self, entries, states)
+        if not when(entries.shape[1], len(entries)):
+            return outputs, after
+        return [np.nextafter(array, np.float32(np.inf)) for array in outputs], after
 
-    monkeypatch.setattr(Runner, "_run_batch", disturbed)
+    monkeypatch.setattr(Runner, "_run", disturbed)
 
 
 def test_where_batches_round_otherwise_rows_run_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +158,28 @@ def test_where_batches_round_otherwise_rows_run_alone(models: Path, monkeypatch:
     expected = runner_of(models, "tiny-letters")
     assert all(bits(together, i) == bits(expected.run([chunks[i]], zero[:1]), 0) for i in range(4))
     assert runner.numerics == expected.numerics
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_roll_out_is_what_single_steps_give(models: Path, exactly: bool) -> None:
+    runner = runner_of(models, "tiny-letters")
+    runner.batches_exactly = exactly
+    rows = [state.initial_row(runner.manifest.states)] * 3
+
+    def likeliest(step: int, outputs: dict[str, Array]) -> Array:
+        drawn.append(outputs["logits"].argmax(axis=1))
+        return drawn[-1]
+
+    drawn: list[Array] = []
+    rolled = runner.roll(np.array([1, 2, 3]), rows, 6, likeliest)
+    for i in range(3):
+        entries, row = np.array([i + 1]), rows[0]
+        for step in range(6):
+            folded = runner.run([entries], [row])
+            entries, row = folded.outputs["logits"][0].argmax(axis=1), folded.rows[0]
+            assert entries == drawn[step][i]
+        assert state.equal(row, rolled.rows[i])
+        assert bits(folded, 0) == bits(rolled, i)
 
 
 def test_where_chunks_round_otherwise_the_bundle_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.sampling import MAX_SEED, Purpose, Sampling, log_softmax, philox, sample, uniforms
+from service.sampling import MAX_SEED, Purpose, Sampler, Sampling, log_softmax, philox, uniforms
 
 ONES = 2**32 - 1
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -62,6 +62,10 @@ def test_uniforms_are_uniform() -> None:
 # ---------------------------------------------------------------------- the sampler
 
 
+def sample(logits: np.ndarray, how: list[Sampling], uniform: np.ndarray) -> np.ndarray:
+    return Sampler(how, range(len(how))).draw(logits, uniform)[0]
+
+
 def drawn(logits: np.ndarray, how: Sampling, count: int = 20_000) -> np.ndarray:
     rows = np.repeat(logits[None].astype(np.float32), count, axis=0)
     return sample(rows, [how] * count, uniforms(9, 0, count, Purpose.TOKEN))
@@ -91,6 +95,26 @@ def test_a_rows_symbol_depends_on_that_row_alone(data: st.DataObject) -> None:
     together = sample(logits, how, uniform)
     alone = [sample(logits[i : i + 1], how[i : i + 1], uniform[i : i + 1])[0] for i in range(rows)]
     assert together.tolist() == alone
+    logprobs = Sampler(how, range(len(how))).draw(logits, uniform)[1]
+    assert logprobs.tolist() == [
+        Sampler(how[i : i + 1], [i]).draw(logits[i : i + 1], uniform[i : i + 1])[1][0] for i in range(rows)
+    ]
+    assert logprobs == pytest.approx(log_softmax(logits)[np.arange(rows), together])
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_samplers_numbers_are_those_of_seed_and_position(data: st.DataObject) -> None:
+    seeds = data.draw(st.lists(st.integers(0, MAX_SEED), min_size=1, max_size=5))
+    at = np.array(data.draw(st.lists(st.integers(0, 2**48), min_size=len(seeds), max_size=len(seeds))))
+    sampler = Sampler([Sampling()] * len(seeds), seeds)
+    for count in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=6)):
+        if data.draw(st.booleans()):
+            at = at + 1
+        found = sampler.numbers(at, count)
+        expected = [uniforms(seed, first, count, Purpose.TOKEN) for seed, first in zip(seeds, at.tolist(), strict=True)]
+        assert (found == np.array(expected).T).all()
+        at = at + count
 
 
 def test_temperature_0_is_greedy_and_the_first_of_equals() -> None:

@@ -7,13 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import MAX_CHUNK, Scheduler
+from service.scheduler import MAX_STEPS, Scheduler
 
 
 @dataclass(eq=False)
 class Row:
     remaining: int
     last_tick: int = 0
+    draws: bool = False
+
+    @property
+    def steps(self) -> int:
+        return self.remaining
 
 
 def run(scheduler: Scheduler[Row], rows: list[Row], endless: list[Row], ticks: int) -> int:
@@ -24,6 +29,7 @@ def run(scheduler: Scheduler[Row], rows: list[Row], endless: list[Row], ticks: i
     for tick in range(1, ticks + 1):
         batch = scheduler.next()
         assert batch is not None
+        scheduler.pace.took(batch.draws, len(batch.rows), batch.steps, 0.0001)
         for row in batch.rows:
             if row in endless:
                 longest = max(longest, tick - row.last_tick)
@@ -51,13 +57,34 @@ def test_every_row_is_folded_to_its_end(lengths: list[int], max_batch: int) -> N
     while (batch := scheduler.next()) is not None:
         ticks += 1
         assert 1 <= len(batch.rows) <= max_batch and len(set(map(id, batch.rows))) == len(batch.rows)
-        assert batch.steps <= MAX_CHUNK
+        assert batch.steps <= MAX_STEPS
         for row in batch.rows:
             assert row.remaining >= batch.steps
             row.remaining -= batch.steps
             if row.remaining:
                 scheduler.add(row)
     assert all(row.remaining == 0 for row in rows) and len(scheduler) == 0
+
+
+@pytest.mark.parametrize(("step_s", "steps"), [(0.0001, 32), (0.00101, 24), (0.0051, 4), (0.02, 1), (10.0, 1)])
+def test_a_tick_takes_as_many_steps_as_fit(step_s: float, steps: int) -> None:
+    scheduler = Scheduler[Row](8)
+    rows = [Row(1000, draws=True) for _ in range(8)]
+    for _ in range(30):
+        for row in rows:
+            scheduler.add(row)
+        batch = scheduler.next()
+        assert batch is not None and batch.draws
+        scheduler.pace.took(batch.draws, len(batch.rows), batch.steps, step_s * batch.steps)
+    assert batch.steps == steps
+
+
+def test_rows_that_draw_and_rows_that_know_their_entries_run_apart() -> None:
+    scheduler = Scheduler[Row](8)
+    for i in range(6):
+        scheduler.add(Row(4, draws=i % 2 == 0))
+    batches = [scheduler.next(), scheduler.next()]
+    assert [(batch.draws, len(batch.rows), batch.steps) for batch in batches if batch] == [(True, 3, 4), (False, 3, 4)]
 
 
 def test_rows_of_equal_length_share_a_batch() -> None:
@@ -81,7 +108,7 @@ def test_a_long_feed_among_streams_makes_nobody_wait() -> None:
     """100,000 steps beside 20 streams: a stream is never more than one other batch away from its turn."""
     streams = [Row(1) for _ in range(20)]
     feed = Row(100_000)
-    assert run(Scheduler[Row](64), [feed], streams, 2 * 100_000 // MAX_CHUNK) <= 2
+    assert run(Scheduler[Row](64), [feed], streams, 2 * (100_000 // MAX_STEPS + 10)) <= 2
     assert feed.remaining == 0
 
 
@@ -95,6 +122,6 @@ def test_many_long_feeds_among_streams_make_nobody_wait_long() -> None:
 
 @pytest.mark.parametrize("streams", [1, 500])
 def test_streams_do_not_starve_a_feed(streams: int) -> None:
-    feed = Row(64 * MAX_CHUNK)
+    feed = Row(64 * MAX_STEPS)
     run(Scheduler[Row](64), [feed], [Row(1) for _ in range(streams)], 64 * (streams // 64 + 3))
     assert feed.remaining == 0

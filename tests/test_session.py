@@ -1,7 +1,9 @@
 """Sessions among replicas that move them, at the end of the process, and without their model."""
 
 import asyncio
+import gc
 import shutil
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from service.errors import Problem
 from service.registry import Registry
 from service.replies import MAX_RACES
 from service.run import Reader
-from service.session import Opening, Sessions
+from service.session import Inputs, Opening, Sessions
 from service.settings import Settings
 from service.store.base import Commit, Generation, Head, Segment, Snapshot
 from service.store.memory import MemoryStore
@@ -85,7 +87,7 @@ def run(folder: Path, store: Contested) -> Iterator[Run]:
 
 
 async def feed(sessions: Sessions, text: str, opening: Opening = NEW) -> int:
-    return (await sessions.replies.again(lambda: sessions.feed(KEY, text, opening, True, 5))).head.position
+    return (await sessions.replies.again(lambda: sessions.feed(KEY, Inputs(text), opening))).head.position
 
 
 def logged(store: MemoryStore) -> list[int]:
@@ -171,6 +173,28 @@ def test_a_change_that_loses_a_race_is_made_on_what_won(run: Run, store: Contest
 
     head = run(work)
     assert head.position == 4 and head.metadata == {"a": 1}
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_a_feed_that_has_ended_is_freed_without_garbage_collection(run: Run) -> None:
+    async def work(sessions: Sessions) -> bool:
+        feeding = sessions.feed_now(KEY, Inputs("ab"), NEW)
+        assert feeding is not None
+        left = weakref.ref(feeding.work)
+        await feeding.outcome()
+        for _ in range(200):  # the engine's thread lets go of it at the end of its tick
+            if left() is None:
+                return True
+            await asyncio.sleep(0.01)
+        return False
+
+    gc.disable()
+    try:
+        assert run(work)
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------------- the end of the process

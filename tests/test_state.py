@@ -57,9 +57,9 @@ def test_stacked_rows_come_back(seeds: list[int]) -> None:
     assert all(same(a, b) for a, b in zip(back, rows, strict=True))
 
 
-def test_unstacked_rows_own_their_memory() -> None:
+def test_a_row_can_own_its_memory() -> None:
     batch = state.stack(SPECS, [random_row(1), random_row(2)])
-    rows = state.unstack(SPECS, batch)
+    rows = [state.own(row) for row in state.unstack(SPECS, batch)]
     for array in batch:
         array[...] = 0
     assert same(rows[1], random_row(2))
@@ -69,6 +69,12 @@ def test_unstacked_rows_own_their_memory() -> None:
 @settings(max_examples=20, deadline=None)
 def test_a_dumped_row_comes_back(seed: int) -> None:
     assert same(state.load(SPECS, state.dump(SPECS, random_row(seed))), random_row(seed))
+
+
+def test_a_row_within_a_batch_is_dumped_as_it_is() -> None:
+    rows = state.unstack(SPECS, state.stack(SPECS, [random_row(seed) for seed in range(5)]))
+    for seed, row in enumerate(rows):
+        assert same(state.load(SPECS, state.dump(SPECS, row)), random_row(seed))
 
 
 @pytest.mark.parametrize(

@@ -891,9 +891,12 @@ class AnySequence(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.nothing_is_left()
-            self.store.close()
+            self.stop()
         self.patch.undo()
         shutil.rmtree(self.folder)
+
+    def stop(self) -> None:
+        self.store.close()
 
     def open(self) -> Store:
         return MemoryStore()

@@ -39,6 +39,7 @@ STATUS: dict[str, tuple[int, str]] = {
     "incompatible_version": (422, "Incompatible version"),
     "idempotency_key_reused": (422, "Idempotency key reused"),
     "state_mismatch": (422, "State mismatch"),
+    "skipped": (424, "Skipped"),
     "session_busy": (429, "Session busy"),
     "internal": (500, "Internal error"),
     "numeric_fault": (500, "Numeric fault"),
@@ -82,45 +83,41 @@ def _pointer(location: tuple[int | str, ...]) -> str:
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in location)
 
 
+def problem_from(error: Exception) -> Problem:
+    """What a client is told of an error."""
+    match error:
+        case Problem():
+            return error
+        case ValidationError():
+            return from_validation(error)
+        case RequestValidationError():
+            errors = [{"detail": one["msg"], "pointer": _pointer(one["loc"][1:])} for one in error.errors()[:20]]
+            return Problem("invalid_input", f"{errors[0]['pointer']}: {errors[0]['detail']}", None, errors=errors)
+        case HTTPException():
+            codes = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
+            return Problem(codes.get(error.status_code, "bad_request"), str(error.detail))
+        case StoreError():
+            log.error("store_failed", error=str(error))
+            return problem_of(error)
+    log.exception("request_failed", exc_info=error)
+    return Problem("internal", "the service failed on this request")
+
+
+def answer_to(error: Exception) -> Response:
+    """The answer to a request that ended with an error."""
+    if isinstance(error, ClientLeft):
+        return Response(status_code=499)
+    found = answer(problem_from(error))
+    if isinstance(error, HTTPException):
+        found.headers.update(error.headers or {})
+    return found
+
+
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
 
-    async def problem(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Problem)
-        return answer(error)
+    async def handle(_: Request, error: Exception) -> Response:
+        return answer_to(error)
 
-    async def http(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        codes = {404: "not_found", 405: "method_not_allowed", 413: "payload_too_large"}
-        found = answer(Problem(codes.get(error.status_code, "bad_request"), str(error.detail)))
-        found.headers.update(error.headers or {})
-        return found
-
-    async def validation(_: Request, error: Exception) -> Response:
-        assert isinstance(error, ValidationError)
-        return answer(from_validation(error))
-
-    async def parameters(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        errors = [{"detail": one["msg"], "pointer": _pointer(one["loc"][1:])} for one in error.errors()[:20]]
-        return answer(Problem("invalid_input", f"{errors[0]['pointer']}: {errors[0]['detail']}", None, errors=errors))
-
-    async def left(_: Request, error: Exception) -> Response:
-        return Response(status_code=499)
-
-    async def store(_: Request, error: Exception) -> Response:
-        assert isinstance(error, StoreError)
-        log.error("store_failed", error=str(error))
-        return answer(problem_of(error))
-
-    async def unexpected(_: Request, error: Exception) -> Response:
-        log.exception("request_failed", exc_info=error)
-        return answer(Problem("internal", "the service failed on this request"))
-
-    app.add_exception_handler(Problem, problem)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ValidationError, validation)
-    app.add_exception_handler(RequestValidationError, parameters)
-    app.add_exception_handler(ClientLeft, left)
-    app.add_exception_handler(StoreError, store)
-    app.add_exception_handler(Exception, unexpected)
+    for kind in (Problem, HTTPException, ValidationError, RequestValidationError, ClientLeft, StoreError, Exception):
+        app.add_exception_handler(kind, handle)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Message, Receive, Scope
 
 from service.errors import ClientLeft, Problem, invalid
 from service.history import History
@@ -28,6 +29,7 @@ Ttl = Annotated[int, Field(ge=0, le=10**9, description="idle seconds until it ex
 
 
 MAX_KEY = 255
+LOOK_EVERY_S = 0.05
 
 KEY_PARAMETER: dict[str, Any] = {
     "parameters": [
@@ -50,13 +52,26 @@ class Strict(BaseModel):
 
 async def read(request: Request, schema: type[Body]) -> Body:
     """The request's JSON body by its schema; raises Problem 415, 413, or ValidationError."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
+    must_be(request, "application/json")
+    return schema.model_validate_json(await read_bytes(request))
+
+
+def must_be(request: Request, media_type: str) -> None:
+    """Raise Problem 415 unless the body says that it is of a type."""
+    if (header(request, b"content-type") or "").partition(";")[0].strip().lower() != media_type:
+        what = "JSON" if media_type == "application/json" else "lines of JSON"
         raise Problem(
             "unsupported_media_type",
-            "the body must be JSON and say so: -H 'Content-Type: application/json' (curl sends a form otherwise)",
+            f"the body must be {what} and say so: -H 'Content-Type: {media_type}' (curl sends a form otherwise)",
         )
-    return schema.model_validate_json(await read_bytes(request))
+
+
+def header(request: Request, name: bytes) -> str | None:
+    """A header's first value; `name` in small letters."""
+    for key, value in request.scope["headers"]:
+        if key == name:
+            return str(value, "latin-1")
+    return None
 
 
 def keyed_of(request: Request, scope: str, body: BaseModel | None = None, *unlike: str) -> Keyed | None:
@@ -65,16 +80,26 @@ def keyed_of(request: Request, scope: str, body: BaseModel | None = None, *unlik
     `unlike` names members in which two requests may differ and ask the same.
     Source: draft-ietf-httpapi-idempotency-key-header, where the key is a quoted string; bare ones are taken too.
     """
-    given = request.headers.get("idempotency-key")
+    given = header(request, b"idempotency-key")
     if given is None:
         return None
+    key = checked_key(given)
+    asked = body.model_dump_json(exclude=set(unlike)) if body is not None else ""
+    return Keyed("", scope, key, digest_of(f"{request.url.path}?{request.url.query}", asked))
+
+
+def digest_of(url: str, asked: str) -> bytes:
+    """What tells one request with a key from another."""
+    return hashlib.sha256(f"{url}\n{asked}".encode()).digest()[:16]
+
+
+def checked_key(given: str) -> str:
+    """An Idempotency-Key without its quotes; raises Problem 400 when it is none."""
     quoted = len(given) > 1 and given[0] == given[-1] == '"'
     key = given[1:-1] if quoted else given
     if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
         raise Problem("bad_request", f"an Idempotency-Key has 1 to {MAX_KEY} printable characters")
-    asked = body.model_dump_json(exclude=set(unlike)) if body is not None else ""
-    digest = hashlib.sha256(f"{request.url.path}?{request.url.query}\n{asked}".encode()).digest()[:16]
-    return Keyed("", scope, key, digest)
+    return key
 
 
 def replayed(response: Response) -> Response:
@@ -91,38 +116,123 @@ async def replay_body(reply: Reply) -> Response:
 async def read_bytes(request: Request) -> bytes:
     """The request's body, never more than RECURRA_MAX_BODY_BYTES of it."""
     limit: int = request.app.state.settings.max_body_bytes
-    too_large = Problem("payload_too_large", f"the body is larger than {limit} bytes (RECURRA_MAX_BODY_BYTES)")
-    announced = request.headers.get("content-length", "")
+    announced = header(request, b"content-length") or ""
     if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise too_large
+        raise too_large(limit)
+    part = await _part(request)
+    if not part.get("more_body", False) and len(part["body"]) <= limit:
+        return bytes(part["body"])
+    body = bytearray(part["body"])
+    while len(body) <= limit and part.get("more_body", False):
+        part = await _part(request)
+        body += part["body"]
+    if len(body) > limit:
+        raise too_large(limit)
     return bytes(body)
+
+
+def too_large(limit: int) -> Problem:
+    """413."""
+    return Problem("payload_too_large", f"the body is larger than {limit} bytes (RECURRA_MAX_BODY_BYTES)")
+
+
+async def _part(request: Request) -> Message:
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    return message
+
+
+# ---------------------------------------------------------------------- clients that leave
+
+
+class Departures:
+    """Cancels work whose client has left.
+
+    Only work that takes a while is looked after: for a step that is answered at once a second task costs more than
+    the step, and nothing is gained by dropping it.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: set[Stay] = set()
+        self._waiting: set[Stay] = set()
+        self._armed = False
+
+    def watch(self, receive: Receive, long: bool = False) -> "Stay":
+        """A block that raises ClientLeft when the client leaves, a `long` one at once; the body must have been read."""
+        return Stay(self, receive, long)
+
+    def add(self, stay: "Stay") -> None:
+        """Look after a block from the next round but one."""
+        self._fresh.add(stay)
+        if not self._armed:
+            self._armed = True
+            asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look)
+
+    def remove(self, stay: "Stay") -> None:
+        """The block has ended."""
+        self._fresh.discard(stay)
+        self._waiting.discard(stay)
+
+    def _look(self) -> None:
+        for stay in self._waiting:
+            stay.look()
+        self._waiting, self._fresh = self._fresh, set()
+        self._armed = bool(self._waiting)
+        if self._armed:
+            asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look)
+
+
+class Stay:
+    """A block of work that is of use only while its client waits."""
+
+    __slots__ = ("_departures", "_left", "_long", "_receive", "_task", "_watcher")
+
+    def __init__(self, departures: Departures, receive: Receive, long: bool) -> None:
+        self._departures = departures
+        self._long = long
+        self._receive = receive
+        self._left = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        if self._long:
+            self.look()
+        else:
+            self._departures.add(self)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._departures.remove(self)
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._left and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise ClientLeft from None
+
+    def look(self) -> None:
+        """Wait for the client to leave from now on."""
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._left = True
+        self._task.cancel()
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
     """Await work, but cancel it when the client leaves; raises ClientLeft then."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
-            raise ClientLeft
-        return task.result()
-    finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
+    with departures_of(request.scope).watch(request.receive):
+        return await work
 
 
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def departures_of(scope: Scope) -> Departures:
+    """The application's watch over its clients."""
+    found: Departures = scope["app"].state.departures
+    return found
 
 
 def key_of(session_id: str) -> Key:

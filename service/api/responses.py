@@ -18,14 +18,29 @@ BODY_ERRORS = ("payload_too_large", "unsupported_media_type")
 """what a route that takes a body may answer besides"""
 
 
+def line_of(content: object) -> bytes:
+    """Content as JSON, with the line end that a terminal wants."""
+    return msgspec.json.encode(content) + b"\n"
+
+
 class JsonResponse(Response):
     """A JSON answer."""
 
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
-        """Content as JSON, with the line end that a terminal wants."""
-        return msgspec.json.encode(content) + b"\n"
+        """Content as a line of JSON."""
+        return line_of(content)
+
+
+class JsonLine(Response):
+    """A JSON answer that is written already: without the ceremony, which costs more than the writing."""
+
+    def __init__(self, body: bytes) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = body
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
 
 
 STREAM_EXAMPLE = """event: token
@@ -37,6 +52,13 @@ id: 1.118-end
 data: {"finish_reason":"length","epoch":1,"position":118,"usage":{"prompt_tokens":5,"completion_tokens":100}}
 
 """
+
+
+LINES_EXAMPLE = (
+    '{"session":"pump-1","epoch":1,"position":42,"steps":1,"predictions":[{"mean":{"flow":35.1},"position":42}]}\n'
+    '{"session":"pump-2","error":{"type":"urn:recurra:problem:position_mismatch","title":"Position mismatch",'
+    '"status":409,"detail":"the session stands at position 9","code":"position_mismatch","epoch":1,"position":9}}\n'
+)
 
 
 class Parent(BaseModel):
@@ -248,7 +270,7 @@ _SCHEMAS: dict[str, type[BaseModel]] = {
 
 
 def described(
-    status: int, what: str, schema: str | None, *codes: str, streams: bool = False
+    status: int, what: str, schema: str | None, *codes: str, streams: bool = False, lines: bool = False
 ) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of a route's answer and of the errors it may give, by code."""
     found: dict[int | str, dict[str, Any]] = {status: {"description": what}}
@@ -256,6 +278,10 @@ def described(
         found[status]["model"] = _SCHEMAS[schema]
     if streams:
         found[status]["content"] = {"text/event-stream": {"schema": {"type": "string"}, "example": STREAM_EXAMPLE}}
+    if lines:
+        refused = {"type": "object", "properties": {"session": {}, "error": ErrorDocument.model_json_schema()}}
+        line = {"anyOf": [{"$ref": "#/components/schemas/Steps"}, refused]}
+        found[status]["content"] = {"application/x-ndjson": {"schema": line, "example": LINES_EXAMPLE}}
     by_status: dict[int, list[str]] = {}
     for code in sorted({*codes, *ALWAYS}):
         by_status.setdefault(STATUS[code][0], []).append(code)

@@ -32,14 +32,15 @@ from service.api.requests import (
     sessions_of,
     while_connected,
 )
-from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
+from service.api.responses import BODY_ERRORS, ERRORS, JsonLine, JsonResponse, described, line_of
 from service.errors import Problem, invalid
+from service.history import History
 from service.registry import Model
-from service.session import MANY, Fed, Opening, Sessions, head_of
+from service.session import MANY, Fed, Inputs, Opening, Sessions, head_of
 from service.store.base import Head, Key, Reply
 from service.tasks import Codec
 from service.work.events import Done
-from service.work.feed import KeptAnswer
+from service.work.feed import KeptAnswer, Keyed
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 
@@ -194,37 +195,45 @@ async def steps(request: Request, session_id: SessionId) -> Response:
     """Feed a sequence; all of it is kept, or nothing."""
     body = await read(request, StepsBody)
     sessions, keyed = sessions_of(request), keyed_of(request, session_id, body)
-    opening = Opening(body.model, body.version, body.seed, body.position)
-    last_only = body.predictions != "all"
+    inputs, opening = feed_of(body, keyed)
+
+    async def fresh() -> Response:
+        return JsonLine(await written(await sessions.feed(key_of(session_id), inputs, opening), body))
+
+    async def replay(reply: Reply) -> Response:
+        return replayed(JsonLine(await kept_answer(history_of(request), reply, body)))
+
+    return await while_connected(request, sessions.replies.once(keyed, fresh, replay))
+
+
+def feed_of(body: StepsBody, keyed: Keyed | None = None) -> tuple[Inputs, Opening]:
+    """What is fed, and into which session."""
 
     def kept(model: Model) -> KeptAnswer:
         assert keyed is not None
         return KeptAnswer(keyed, lambda done: steps_answer(Fed(model, done, head_of(done)), body))
 
-    async def fresh() -> Response:
-        keeping = kept if keyed is not None else None
-        key = key_of(session_id)
-        fed = await sessions.feed(key, body.inputs, opening, last_only, body.alternatives, keeping)
-        if body.predictions == "all" and len(fed.done.entries) > MANY:
-            return JsonResponse(await asyncio.to_thread(steps_answer, fed, body))
-        return JsonResponse(steps_answer(fed, body))
-
-    async def replay(reply: Reply) -> Response:
-        return await replay_steps(request, reply, body)
-
-    return await while_connected(request, sessions.replies.once(keyed, fresh, replay))
+    inputs = Inputs(body.inputs, body.predictions, body.alternatives, kept if keyed is not None else None)
+    return inputs, Opening(body.model, body.version, body.seed, body.position)
 
 
-async def replay_steps(request: Request, reply: Reply, body: StepsBody) -> Response:
-    """The kept answer to a feed; a long one is worked out again from the log."""
+async def written(fed: Fed, body: StepsBody) -> bytes:
+    """The answer to a feed as a line of JSON; a long one is worked out beside the event loop."""
+    if body.predictions == "all" and len(fed.done.entries) > MANY:
+        return await asyncio.to_thread(lambda: line_of(steps_answer(fed, body)))
+    return line_of(steps_answer(fed, body))
+
+
+async def kept_answer(history: History, reply: Reply, body: StepsBody) -> bytes:
+    """The kept answer to a feed as a line of JSON; a long one is worked out again from the log."""
     if reply.kind == "body":
-        return await replay_body(reply)
+        return reply.body + b"\n"
     answer = msgspec.json.decode(reply.body)
     count = reply.end - reply.start if body.predictions == "all" else 1
-    model, done = await history_of(request).outputs(key_of(reply.scope), reply, reply.end, count)
+    model, done = await history.outputs(key_of(reply.scope), reply, reply.end, count)
     head = msgspec.structs.replace(head_of(done), position=reply.end)
     answer["predictions"] = await asyncio.to_thread(predictions, Fed(model, done, head), body.alternatives)
-    return replayed(JsonResponse(answer))
+    return line_of(answer)
 
 
 def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
@@ -241,6 +250,8 @@ def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
 
 def predictions(fed: Fed, alternatives: int) -> list[dict[str, Any]]:
     """The predictions at the positions that were asked for."""
+    if fed.shown is not None:
+        return fed.shown
     shown = len(next(iter(fed.done.outputs.values())))
     first = fed.head.position - shown + 1
     entries = fed.done.entries[len(fed.done.entries) - shown :]

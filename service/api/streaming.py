@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any
 
 import msgspec
@@ -26,6 +26,7 @@ from service.api.requests import (
     Version,
     body_of,
     check_max_tokens,
+    departures_of,
     history_of,
     key_of,
     keyed_of,
@@ -37,7 +38,7 @@ from service.api.requests import (
 )
 from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.api.sessions import SessionId
-from service.errors import Problem, invalid
+from service.errors import ClientLeft, Problem, invalid
 from service.run import Race, Reader, Replay, Run
 from service.sampling import MAX_SEED
 from service.session import Opening, new_seed
@@ -275,7 +276,7 @@ async def _replay_ended(
     history = history_of(request)
     tokens, rest = await history.tokens(key_of(reply.scope), reply, generation)
     if body.stream:
-        blocks = b"".join(_token_block(head.epoch, token) for token in tokens)
+        blocks = _token_blocks(head.epoch, tokens)
         return EventStream(blocks + _done_block(head.epoch, generation, rest))
     if body.logprobs:
         tokens = await history.with_alternatives(key_of(reply.scope), reply, tokens, body.logprobs)
@@ -316,7 +317,7 @@ async def events(
 
 async def stream(replay: Replay) -> Response:
     """A replay as a stream, once it is known not to fail at once."""
-    blocks = b"".join(_token_block(replay.head.epoch, token) for token in replay.tokens)
+    blocks = _token_blocks(replay.head.epoch, replay.tokens)
     if replay.reader is not None:
         try:
             await replay.reader.begun()
@@ -349,56 +350,50 @@ class EventStream(Response):
         self._replayed = replayed
         self._reader = reader
         self._after = after
+        self._quiet = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until there is no more to send or nobody to send to."""
-        sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(_left(receive))
+        pinging = asyncio.ensure_future(self._ping(send))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            with departures_of(scope).watch(receive, long=True):
+                await self._send(send)
+        except ClientLeft:
+            pass  # nobody can be told
         finally:
+            pinging.cancel()
             if self._reader is not None:
                 self._reader.close()
-            for task in (sending, leaving):
-                task.cancel()
-            await asyncio.wait((sending, leaving))
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         if self._replayed:
-            await _send_part(send, self._replayed)
+            await self._send_part(send, self._replayed)
         if self._reader is not None:
             await self._follow(self._reader, send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _follow(self, reader: Reader, send: Send) -> None:
-        epoch = reader.run.epoch
-        while tokens := await self._next(reader, send):
-            blocks = [_token_block(epoch, token) for token in tokens if token.position > self._after]
-            if blocks:
-                await _send_part(send, b"".join(blocks))
+        """What came together is sent together."""
+        while tokens := await reader.next():
+            if tokens[0].position <= self._after:
+                tokens = [token for token in tokens if token.position > self._after]
+            if tokens:
+                await self._send_part(send, _token_blocks(reader.run.epoch, tokens))
         if (end := _end_block(reader.run)) is not None:
-            await _send_part(send, end)
+            await self._send_part(send, end)
 
-    async def _next(self, reader: Reader, send: Send) -> list[Token]:
-        following = asyncio.ensure_future(reader.next())
-        try:
-            while not (await asyncio.wait((following,), timeout=PING_S))[0]:
-                await _send_part(send, b": ping\n")
-            return following.result()
-        finally:
-            following.cancel()
+    async def _ping(self, send: Send) -> None:
+        """Send a comment whenever nothing else was sent for a while."""
+        while True:
+            self._quiet = True
+            await asyncio.sleep(PING_S)
+            if self._quiet:
+                await self._send_part(send, b": ping\n")
 
-
-async def _send_part(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def _send_part(self, send: Send, body: bytes) -> None:
+        self._quiet = False
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 def _end_block(run: Run) -> bytes | None:
@@ -413,9 +408,20 @@ def _end_block(run: Run) -> bytes | None:
     return _done_block(run.epoch, done.generation, done.rest)
 
 
-def _token_block(epoch: int, token: Token) -> bytes:
-    data = {"position": token.position, "token": token.token, "text": token.text, "logprob": token.logprob}
-    return _block("token", f"{epoch}.{token.position}", data)
+def _token_blocks(epoch: int, tokens: Sequence[Token]) -> bytes:
+    return "".join(
+        [
+            f"event: token\nid: {epoch}.{token.position}\n"
+            f'data: {{"position":{token.position},"token":{token.token},"text":{_json(token.text)},'
+            f'"logprob":{token.logprob}}}\n\n'
+            for token in tokens
+        ]
+    ).encode()
+
+
+@lru_cache(4096)
+def _json(text: str) -> str:
+    return msgspec.json.encode(text).decode()
 
 
 def _done_block(epoch: int, generation: Generation, rest: str) -> bytes:

@@ -10,6 +10,7 @@ else back. The answer to a request with a key is kept in the commit that the req
 import random
 import time
 from collections.abc import Collection, Sequence
+from enum import Enum
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -32,6 +33,14 @@ Line = tuple[tuple[str, int], ...]
 Fence = tuple[int, int, bytes]
 """(epoch, position, commit id) of a head: what a commit on top of it expects."""
 
+
+class Unread(Enum):
+    """What `peek` answers when it would have to wait."""
+
+    UNREAD = "unread"
+
+
+UNREAD = Unread.UNREAD
 
 _random = random.Random()
 
@@ -288,6 +297,9 @@ class Store(Protocol):
 
         Whether it is expired is judged at `at_ms`, by default now.
         """
+
+    def peek(self, key: Key, at_ms: int | None = None) -> Head | Unread | None:
+        """What `head` would answer, if that is in memory; it waits for no lock, file or network."""
 
     def line(self, branch: str) -> Line:
         """What comes before a branch's own entries; () for one that begins a log, or is not known."""

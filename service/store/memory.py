@@ -160,6 +160,11 @@ class MemoryStore:
             head = self._heads.get(key)
             return head.at(now_ms() if at_ms is None else at_ms) if head is not None else None
 
+    def peek(self, key: Key, at_ms: int | None = None) -> Head | None:
+        """The head of a session; a commit that is under way is not waited for."""
+        head = self._heads.get(key)
+        return head.at(now_ms() if at_ms is None else at_ms) if head is not None else None
+
     def line(self, branch: str) -> Line:
         """What comes before a branch's own entries."""
         with self._lock:

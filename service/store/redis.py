@@ -33,6 +33,7 @@ from service.store.base import (
     SNAPSHOTS_KEPT,
     TENANT_REPLIES_KEPT,
     TOMBSTONE_TTL_S,
+    UNREAD,
     Applied,
     Commit,
     CommitUnknown,
@@ -46,6 +47,7 @@ from service.store.base import (
     Segment,
     Snapshot,
     StoreError,
+    Unread,
     cut,
     holds,
     join,
@@ -691,6 +693,10 @@ class RedisStore:
         seen = self._read_head(key)
         self._compare(key, seen.head)
         return seen.head.at(self._now() if at_ms is None else at_ms) if seen.head is not None else None
+
+    def peek(self, key: Key, at_ms: int | None = None) -> Unread:
+        """Another replica may have moved the session: its head is always asked for."""
+        return UNREAD
 
     def _compare(self, key: Key, found: Head | None) -> None:
         known = self._acknowledged.get(key)

@@ -5,7 +5,7 @@ initial one), folds its entries chunk by chunk, may draw a token or roll a forec
 where something shall be kept. All methods run on the engine's thread; events reach the listener on the event loop.
 """
 
-import secrets
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -21,6 +21,8 @@ from service.store.base import Commit, Fence, Head, Key, Line, Segment, Snapshot
 from service.tasks import Codec, Output
 from service.work.events import Event, Failed, Listener, LostRace
 
+_random = random.Random()
+
 PARK_AFTER = 32
 MAX_NOTED = 16
 
@@ -35,8 +37,7 @@ class Keeping:
     """steps that can be gone back; None: all"""
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(msgspec.Struct, frozen=True):
     """A session in memory: its head, and the state after the first `folded` entries of its log."""
 
     head: Head
@@ -64,8 +65,8 @@ class NewSession:
 
 
 def new_branch() -> str:
-    """A branch of the log that nobody has."""
-    return secrets.token_hex(8)
+    """A branch of the log that nobody has; the system's random numbers would give the GIL away."""
+    return f"{_random.getrandbits(64):016x}"
 
 
 def new_head(new: NewSession, manifest: Manifest, epoch: int, position: int = 0) -> Head:
@@ -152,6 +153,16 @@ class Work:
         """Steps that can be folded now."""
         return len(self.entries) - self.cursor
 
+    @property
+    def steps(self) -> int:
+        """Steps that can be taken now."""
+        return self.remaining
+
+    @property
+    def draws(self) -> bool:
+        """Whether each step draws the entry of the next one."""
+        return False
+
     def begin(self, host: Host) -> None:
         """Take the state to start from; raises Problem when the work can not be done."""
         raise NotImplementedError
@@ -162,9 +173,8 @@ class Work:
 
     def folded(self, outputs: Output, row: Row) -> None:
         """Take what a chunk gave: outputs [steps, ...] by name, and the state after it."""
-        steps = length_of(outputs)
         self.keep(outputs)
-        self.cursor += steps
+        self.cursor += length_of(outputs)
         self.row = row
         self.output = {name: array[-1] for name, array in outputs.items()}
 
@@ -231,12 +241,16 @@ class SessionWork(Work):
         return None if self.new is not None else self.base.head.fence
 
     def folded(self, outputs: Output, row: Row) -> None:
-        """Note a snapshot where one is due: before a chunk, so that at least one entry follows it."""
+        """Take what a chunk gave."""
+        self.passed(length_of(outputs))
+        super().folded(outputs, row)
+
+    def passed(self, steps: int) -> None:
+        """Note a snapshot where one is due: before the steps, so that at least one entry follows it."""
         if self.at - self._snapshot_at >= self._host.keeping.snapshot_every:
             self._note()
         self._behind = (self.at, self.row)
-        super().folded(outputs, row)
-        self.at += length_of(outputs)
+        self.at += steps
 
     def _note(self) -> None:
         self._noted[self.at] = self.row
@@ -271,7 +285,9 @@ class SessionWork(Work):
         data = state.dump(manifest.states, row)
         return Snapshot(branch, position, self._host.numerics, data, manifest.graph_sha256)
 
-    def segment(self, entries: Array, start: int, source: Literal["fed", "generated"]) -> Segment:
+    def segment(
+        self, entries: Array, start: int, source: Literal["fed", "generated"], logprobs: bytes = b""
+    ) -> Segment:
         """Log entries start + 1 to start + n of this session."""
         return Segment(
             branch=self.base.head.branch,
@@ -280,6 +296,7 @@ class SessionWork(Work):
             source=source,
             data=entries.astype(self._host.codec.entry_dtype, copy=False).tobytes(),
             numerics=self._host.numerics,
+            logprobs=logprobs,
         )
 
     def settle(self, head: Head) -> Resident:
@@ -287,6 +304,11 @@ class SessionWork(Work):
         last = self.entries[-1] if len(self.entries) else self.base.last
         behind = self._behind if self.at - self._snapshot_at > PARK_AFTER else None
         tail = self.entries[self.cursor :]
+        if self.finished:  # what stays in memory for long keeps no batch
+            self.row, tail = state.own(self.row), state.owned(tail)
+            if self.output:
+                self.output = {name: state.owned(array) for name, array in self.output.items()}
+            behind = (behind[0], state.own(behind[1])) if behind is not None else None
         self.base = Resident(head, self.row, self.at, tail, self.output, last, self._snapshot_at, behind)
         self.new, self._noted = None, {}
         return self.base

@@ -1,15 +1,18 @@
 """What becomes of a piece of work: the events that reach its listener on the event loop."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from service.errors import Problem
 from service.state import Array, Row
 from service.store.base import Generation, Head
 from service.tasks import Output
+
+NOTHING: Array = np.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +29,16 @@ class Verdict:
     """the first position whose state is another"""
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(msgspec.Struct, frozen=True):
     """The work is done; `head` is the session's head after it (None without a session)."""
 
     head: Head | None
-    outputs: Output = field(default_factory=dict)
+    outputs: Output = {}
     """outputs at the positions asked for, [n, ...] by name"""
     before: Output | None = None
     """the output at the position before those"""
     row: Row = ()
-    entries: Array = field(default_factory=lambda: np.empty(0))
+    entries: Array = NOTHING
     """the entries as they were fed, nulls filled"""
     created: bool = False
     generation: Generation | None = None
@@ -45,15 +47,32 @@ class Done:
     verdict: Verdict | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token was drawn and, in a session, committed."""
+class Token(msgspec.Struct, frozen=True, gc=False):
+    """One token that was drawn and, in a session, committed."""
 
     position: int
     token: int
     text: str
     logprob: float
     alternatives: list[dict[str, object]] | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, gc=False):
+    """The tokens of one tick: `first` is the position of the first."""
+
+    first: int
+    ids: list[int]
+    logprobs: list[float]
+    texts: list[str]
+    alternatives: list[list[dict[str, object]]] | None = None
+
+    def each(self) -> list[Token]:
+        """One after another."""
+        columns = zip(self.ids, self.texts, self.logprobs, strict=True)
+        if self.alternatives is None:
+            return [Token(at, *one) for at, one in enumerate(columns, self.first)]
+        shown = zip(columns, self.alternatives, strict=True)
+        return [Token(at, *one, alternatives) for at, (one, alternatives) in enumerate(shown, self.first)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +96,5 @@ class Suspended:
     head: Head | None
 
 
-Event = Done | Token | Failed | LostRace | Suspended
+Event = Done | Tokens | Failed | LostRace | Suspended
 Listener = Callable[[Event], None]

@@ -1,7 +1,7 @@
 """Feeding a sequence: into a session, or through an empty memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -73,7 +73,11 @@ class Kept:
 
     def take(self, count: int) -> tuple[Output, Output | None]:
         """(the last `count` outputs, the one before them or None)."""
-        whole = {name: np.concatenate([chunk[name] for chunk in self._chunks]) for name in self._chunks[0]}
+        chunks = self._chunks
+        if length_of(chunks[-1]) == count:
+            before = {name: array[-1] for name, array in chunks[-2].items()} if len(chunks) > 1 else None
+            return chunks[-1], before
+        whole = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
         length = length_of(whole)
         before = {name: array[length - count - 1] for name, array in whole.items()} if length > count else None
         return {name: array[length - count :] for name, array in whole.items()}, before
@@ -122,7 +126,7 @@ class Feed(SessionWork):
         self._created = self.new is not None
         self._outputs.start(base.output)
         self._fed = host.codec.fill(self._fed, base.last)
-        self.entries = np.concatenate([base.tail, self._fed])
+        self.entries = np.concatenate([base.tail, self._fed]) if len(base.tail) else self._fed
 
     def keep(self, outputs: Output) -> None:
         """Keep the outputs asked for."""
@@ -145,7 +149,7 @@ class Feed(SessionWork):
 
     def applied(self, head: Head) -> Resident:
         """Answer."""
-        self.end(replace(self._done, head=head))
+        self.end(msgspec.structs.replace(self._done, head=head))
         return self.settle(head)
 
 

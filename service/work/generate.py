@@ -7,15 +7,14 @@ import msgspec
 import numpy as np
 
 from service.errors import Problem
-from service.sampling import Purpose, Sampling, uniforms
-from service.state import Array
+from service.sampling import Sampler, Sampling
+from service.state import Array, Row
 from service.store.base import Commit, Generation, Head, Reply, Segment
-from service.tasks import TextStream
+from service.tasks import Output, TextStream
 from service.work.base import Host, NewSession, Resident, SessionWork
-from service.work.events import Done, Listener, Suspended, Token
+from service.work.events import Done, Listener, Suspended, Tokens
 from service.work.feed import MAX_BODY_KEPT
 
-_UNIFORM_BLOCK = 64
 MAX_TOKENS_KEPT = 1024
 """the tokens of a longer answer are read from the log"""
 
@@ -39,8 +38,11 @@ class Generate(SessionWork):
         self._in_session = at is not None
         self._prompt = prompt
         self.resumed = resumed
-        self._uncommitted: tuple[int, float] | None = None
-        self._block = -1
+        self._drawn = np.empty(0, np.int64)
+        """tokens that are not committed yet, and what is told of each"""
+        self._logprobs: list[float] = []
+        self._texts: list[str] = []
+        self._alternatives: list[list[dict[str, object]]] = []
         self._shown: list[list[dict[str, object]]] = []
         """the alternatives of all tokens, where they are to be kept with the answer"""
         self.generation = generation
@@ -67,6 +69,17 @@ class Generate(SessionWork):
         self.generation = msgspec.structs.replace(
             self.generation, start=self._position, prompt_tokens=len(self._prompt), created=self._created
         )
+        if not len(self.entries) and self.base.output is not None:
+            self._draw_first(self.base.output["logits"])
+
+    def _draw_first(self, logits: Array) -> None:
+        """After a feed without a prompt everything is folded: the first token comes from what is there."""
+        sampler = Sampler([self.sampling], [self.generation.seed])
+        drawn, logprobs = sampler.draw(logits[None], sampler.numbers(np.array([self.next_position]), 1)[0])
+        if self.alternatives:
+            self.show(logits)
+        self.entries = drawn.astype(self._host.codec.entry_dtype)
+        self._take(self.entries, logprobs.astype(np.float32))
 
     def _recall(self, host: Host) -> None:
         """Bring the text stream to where the suspended generate stopped."""
@@ -74,62 +87,92 @@ class Generate(SessionWork):
         self.entries = self.base.tail
         self._created = self.generation.created
         head = self.base.head
-        for token in host.log_entries(head, self.generation.start, head.position):
-            self._text.push(int(token))
+        self._text.extend(host.log_entries(head, self.generation.start, head.position).tolist())
 
     @property
-    def wants_token(self) -> bool:
-        """Ready to draw once everything is folded."""
-        ready = self.stop is None and not self.finished and self._uncommitted is None
-        return ready and not self.remaining and self.output is not None
+    def steps(self) -> int:
+        """Entries before the last one are folded; from there on each step draws a token."""
+        if self.generation.finish_reason is not None:
+            return 0
+        return self.remaining - 1 if self.remaining > 1 else self._to_go
 
     @property
-    def logits(self) -> Array:
-        """What the next token is drawn from, [V]."""
-        assert self.output is not None
-        return self.output["logits"]
+    def draws(self) -> bool:
+        """Ready to draw once nothing but the last entry is to be folded."""
+        return self.remaining == 1
 
-    def uniform(self) -> float:
-        """The number that decides the token at the next position."""
-        position = self._position + 1
-        block, offset = divmod(position, _UNIFORM_BLOCK)
-        if self._block != block:
-            self._block = block
-            self._numbers = uniforms(self.generation.seed, block * _UNIFORM_BLOCK, _UNIFORM_BLOCK, Purpose.TOKEN)
-        return float(self._numbers[offset])
+    @property
+    def _to_go(self) -> int:
+        return self.generation.start + self.generation.max_tokens - self._position
 
-    def take(self, token: int, logprob: float) -> None:
-        """The token drawn for the next position, and its log-probability at temperature 1."""
-        self._uncommitted = (token, logprob)
-        shown = self.generation.logprobs
-        self._alternatives = self._host.codec.alternatives(self.logits, shown) if shown else None
-        if self._alternatives is not None and self.generation.key:
-            self._shown.append(self._alternatives)
-        self.entries, self.cursor = np.array([token], self._host.codec.entry_dtype), 0
-        self._position += 1
-        self._piece, stopped = self._text.push(token)
+    @property
+    def alternatives(self) -> int:
+        """How many of the most likely symbols are shown with a token."""
+        return self.generation.logprobs
+
+    @property
+    def has_drawn(self) -> bool:
+        """Whether tokens wait to be committed."""
+        return len(self._drawn) > 0
+
+    def show_again(self) -> None:
+        """Forget what was shown of tokens that were drawn in vain."""
+        del self._alternatives[len(self._drawn) :]
+
+    def show(self, logits: Array) -> None:
+        """Note the most likely symbols of the next token, drawn from `logits` [V]."""
+        self._alternatives.append(self._host.codec.alternatives(logits, self.alternatives))
+
+    @property
+    def next_position(self) -> int:
+        """The position of the next token."""
+        return self._position + 1
+
+    def rolled(self, tokens: Array, logprobs: Array, outputs: Output, row: Row) -> None:
+        """Take what a roll-out drew: tokens and log-probabilities [steps], the last step's outputs, the state after it.
+
+        Where the generate ends before the last token, the state stays where it was, and what led to the end is left
+        to be folded.
+        """
+        taken = self._take(tokens, logprobs)
+        if taken == len(tokens):
+            self.passed(taken)
+            self.row, self.output = row, outputs
+            self.entries, self.cursor = tokens[-1:], 0
+        else:
+            self.entries, self.cursor = np.concatenate([self.entries[self.cursor :], tokens[:taken]]), 0
+
+    def _take(self, tokens: Array, logprobs: Array) -> int:
+        """Take tokens up to the generate's end; returns how many."""
+        texts, stopped = self._text.extend(tokens.tolist())
+        self._position += len(texts)
         if stopped:
             self._finish("stop")
-        elif self._position - self.generation.start >= self.generation.max_tokens:
-            self._piece += self._text.flush()
+        elif self._to_go == 0:
+            texts[-1] += self._text.flush()
             self._finish("length")
+        self._drawn = np.concatenate([self._drawn, tokens[: len(texts)]]) if len(self._drawn) else tokens[: len(texts)]
+        self._logprobs += logprobs[: len(texts)].tolist()
+        self._texts += texts
+        return len(texts)
 
     def _finish(self, reason: Literal["length", "stop", "cancelled"]) -> None:
         self.generation = msgspec.structs.replace(self.generation, finish_reason=reason, end=self._position)
 
     def commit(self) -> Commit | None:
-        """The token just drawn, the first one with the prompt; or the end of a cancelled generate."""
-        if not self._in_session or (self._uncommitted is None and self.generation.finish_reason != "cancelled"):
+        """The tokens just drawn, the first with the prompt; or the end of a cancelled generate."""
+        if not self._in_session or (not len(self._drawn) and self.generation.finish_reason != "cancelled"):
             return None
         head = msgspec.structs.replace(self.base.head, position=self._position, generation=self.generation)
         segments = []
         if self._prompt is not None and len(self._prompt):
             segments.append(self.segment(self._prompt, self.base.head.position, "fed"))
-        if self._uncommitted is not None:
-            segment = self.segment(self.entries, self._position - 1, "generated")
-            logprob = np.array([self._uncommitted[1]], "<f4").tobytes()
-            segments.append(msgspec.structs.replace(segment, logprobs=logprob))
-        return msgspec.structs.replace(self.committed(head, *segments), reply=self._reply(head, segments))
+        if len(self._drawn):
+            logprobs = np.array(self._logprobs, "<f4").tobytes()
+            start = self._position - len(self._drawn)
+            segments.append(self.segment(self._drawn, start, "generated", logprobs))
+        commit, reply = self.committed(head, *segments), self._reply(head, segments)
+        return msgspec.structs.replace(commit, reply=reply) if reply is not None else commit
 
     def _reply(self, head: Head, fresh: list[Segment]) -> Reply | None:
         """What a request with a key leaves: a pending reply with the first token, the whole one with the last."""
@@ -142,29 +185,36 @@ class Generate(SessionWork):
             return reply_of(head)
         earlier = self._host.log(head.branch, generation.start, self.base.head.position)
         segments = (*earlier, *(one for one in fresh if one.source == "generated"))
-        whole = len(self._shown) == generation.end - generation.start  # not, if it was resumed in between
-        body = msgspec.json.encode(self._shown) if whole else b""
+        shown = self._shown + self._alternatives[: len(self._drawn)]
+        whole = len(shown) == generation.end - generation.start  # not, if it was resumed in between
+        body = msgspec.json.encode(shown) if whole else b""
         return msgspec.structs.replace(reply_of(head, segments), body=body if len(body) <= MAX_BODY_KEPT else b"")
 
     def applied(self, head: Head) -> Resident:
-        """Send the token."""
-        resident = self.settle(head)
+        """Send the tokens."""
         self._prompt = None
         self._send(head)
-        return resident
+        return self.settle(head)
 
     def advance(self) -> None:
-        """Without a session a token is sent as soon as it is drawn."""
-        if not self._in_session and self._uncommitted is not None:
+        """Without a session tokens are sent as soon as they are drawn."""
+        if not self._in_session and len(self._drawn):
             self._send(None)
 
     def _send(self, head: Head | None) -> None:
-        if self._uncommitted is not None:
-            token, logprob = self._uncommitted
-            self.events.append(Token(self._position, token, self._piece, logprob, self._alternatives))
-            self._uncommitted = None
+        if len(self._drawn):
+            shown = self._alternatives[: len(self._drawn)] if self.alternatives else None
+            first = self._position - len(self._drawn) + 1
+            self.events.append(Tokens(first, self._drawn.tolist(), self._logprobs, self._texts, shown))
+            if shown is not None and self.generation.key:
+                self._shown += shown
+            self._forget_drawn()
         if self.generation.finish_reason is not None:
             self.end(Done(head, created=self._created, generation=self.generation, rest=self._text.flush()))
+
+    def _forget_drawn(self) -> None:
+        """What was drawn is sent, or not kept."""
+        self._drawn, self._logprobs, self._texts, self._alternatives = np.empty(0, np.int64), [], [], []
 
     def lost(self, head: Head | None) -> None:
         """Somebody else moved the session: a generate that has sent tokens ends where it stood."""
@@ -182,6 +232,8 @@ class Generate(SessionWork):
 
     def halt(self) -> None:
         """Suspend at the last committed token, or end there as cancelled."""
+        self._position -= len(self._drawn)
+        self._forget_drawn()
         if self.stop == "cancel" and self.started:
             self._finish("cancelled")
         elif self.stop == "cancel":

@@ -102,13 +102,15 @@ class Verify(SessionWork):
         snapshot = self._host.snapshot(self._head, position + 1)
         if snapshot is None or snapshot.position != position:
             return
-        if snapshot.numerics != self._host.numerics:
-            self._other_numerics = True
-            return
         try:
-            self._judge(position, state.equal(state.load(specs, snapshot.data), self.row))
+            row = state.load(specs, snapshot.data)
         except ValueError:
             self._judge(position, False)
+            return
+        if snapshot.numerics == self._host.numerics:
+            self._judge(position, state.equal(row, self.row))
+        else:
+            self._other_numerics = True
 
     def _judge(self, position: int, equal: bool) -> None:
         self._verdict = equal if self._verdict is None else self._verdict and equal

@@ -1,7 +1,5 @@
 """Moving a session to another version of its model: the same log, folded by the other step function."""
 
-from dataclasses import replace
-
 import msgspec
 
 from service import state
@@ -40,7 +38,7 @@ class Migrate(SessionWork):
         if (after := self._after) is not None:
             self.row, self.output, self.at = after.row, after.output, after.at
             self._noted, self._snapshot_at, self._behind = after._noted, after._snapshot_at, after._behind
-            self.base = replace(base, last=after.entries[-1] if len(after.entries) else None)
+            self.base = msgspec.structs.replace(base, last=after.entries[-1] if len(after.entries) else None)
         self.entries = host.log_entries(self._old, self.at, self._old.position)
 
     def _moved(self, host: Host) -> Head:

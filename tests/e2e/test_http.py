@@ -655,6 +655,7 @@ ROUTES = {
     ("delete", "/v1/sessions/{session_id}"),
     ("post", "/v1/sessions/{session_id}/cancel"),
     ("post", "/v1/sessions/{session_id}/steps"),
+    ("post", "/v1/steps"),
     ("post", "/v1/sessions/{session_id}/generate"),
     ("get", "/v1/sessions/{session_id}/events"),
     ("post", "/v1/sessions/{session_id}/forecast"),
@@ -686,8 +687,13 @@ def test_the_openapi_page_says_what_each_post_takes_with_an_example(server: Serv
     without_body = {"cancel", "verify", "reload"}
     for method, path in sorted(ROUTES):
         if method in ("post", "patch") and path.rpartition("/")[2] not in without_body:
-            content = paths[path][method]["requestBody"]["content"]["application/json"]
-            assert content["schema"]["properties"] and content["examples"], path
+            content = paths[path][method]["requestBody"]["content"]
+            if path == "/v1/steps":
+                assert content["application/x-ndjson"]["schema"]["properties"]
+                assert content["application/x-ndjson"]["example"]
+                continue
+            assert content["application/json"]["schema"]["properties"], path
+            assert content["application/json"]["examples"], path
 
 
 def test_the_openapi_page_says_that_every_post_takes_a_key(server: Server) -> None:

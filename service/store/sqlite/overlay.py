@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from service.store.base import Commit, Head, Key, Line, Reply, Segment, Snapshot
+from service.store.base import UNREAD, Commit, Head, Key, Line, Reply, Segment, Snapshot, Unread
 from service.store.sqlite.rows import Batch, ReplyKey, reply_key
 
 CACHED_HEADS = 16_384
@@ -130,6 +130,11 @@ class Overlay:
         if key in self._cache:
             self._cache.move_to_end(key)
         return self._cache.get(key)
+
+    def peek(self, key: Key) -> Head | Unread | None:
+        """The stored head if it is in memory; right without a lock, because what is newer lies in front."""
+        entry = self.sessions.get(key)
+        return entry.head if entry is not None else self._cache.get(key, UNREAD)
 
     def hold(self, key: Key, head: Head | None) -> None:
         """Keep a head that the tables hold; of many, those asked for lately."""

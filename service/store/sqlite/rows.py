@@ -1,7 +1,7 @@
 """What the rows of the file hold, and the SQL of many rows in one statement.
 
-Every blob ends with its checksum: SQLite takes the bytes of a damaged page for data. Python's sqlite3 gives the GIL away
-once a statement that returns no rows, but executemany once a row.
+Every blob ends with its checksum: SQLite takes the bytes of a damaged page for data. Python's sqlite3 gives the GIL
+away once a statement that returns no rows, but executemany once a row.
 """
 
 import zlib

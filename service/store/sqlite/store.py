@@ -25,6 +25,7 @@ import structlog
 
 from service.store.base import (
     TOMBSTONE_TTL_S,
+    UNREAD,
     Applied,
     Commit,
     CommitUnknown,
@@ -37,6 +38,7 @@ from service.store.base import (
     Segment,
     Snapshot,
     StoreError,
+    Unread,
     cut,
     holds,
     join,
@@ -269,6 +271,13 @@ class SqliteStore:
         with self._using():
             stored = self._stored(key)
             return stored.at(now_ms() if at_ms is None else at_ms) if stored is not None else None
+
+    def peek(self, key: Key, at_ms: int | None = None) -> Head | Unread | None:
+        """The head of a session, if it is in memory and no write's outcome is open."""
+        stored = self._overlay.peek(key) if self._open_write is None else UNREAD
+        if stored is None or stored is UNREAD:
+            return stored
+        return stored.at(now_ms() if at_ms is None else at_ms)
 
     def next_epoch(self, key: Key) -> int:
         """One more than every epoch that this id has had."""

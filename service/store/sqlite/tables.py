@@ -9,6 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from service.store.base import Head, Key, Line, Reply, Snapshot, StoreError
 from service.store.sqlite.rows import (
     Batch,
@@ -205,13 +207,18 @@ class Tables:
         return [blob for (blob,) in rows]
 
     def newest(self, branch: str, below: int, graph: str) -> Snapshot | None:
-        """The newest snapshot at a position less than `below`, of one branch alone."""
+        """The newest snapshot at a position less than `below`, of one branch alone; a damaged one is empty."""
         row = self.db.execute(
-            "SELECT snapshot FROM snapshots WHERE branch = ? AND graph = ? AND position < ?"
+            "SELECT position, snapshot FROM snapshots WHERE branch = ? AND graph = ? AND position < ?"
             " ORDER BY position DESC LIMIT 1",
             (branch, graph, below),
         ).fetchone()
-        return decode_snapshot(row[0]) if row is not None else None
+        if row is None:
+            return None
+        try:
+            return decode_snapshot(row[1])
+        except msgspec.DecodeError:  # it can be done without: the log is what counts
+            return Snapshot(branch, row[0], "", b"", graph)
 
     def snapped(self, branch: str, after: int, to: int, graph: str) -> list[int]:
         """Positions after + 1 to `to` at which one branch alone has snapshots."""
