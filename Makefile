@@ -7,14 +7,15 @@ COMPLETE := $(VENV)/.complete
 INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
 NAME ?= $(RECIPE)
 
-.PHONY: help run test chaos check bench train export clean
+.PHONY: help run test chaos check bench bench-triton train export clean
 
 help:
 	@echo 'make run                    install what serving needs into $(VENV) and start the service'
 	@echo 'make test                   add training and test dependencies to $(VENV) and run the tests'
 	@echo 'make chaos                  break things under many clients and check every session; ARGS="--minutes 10" for longer'
 	@echo 'make check                  formatting, lint, types, import contracts'
-	@echo 'make bench                  steps through the service beside the bare graph, in one run'
+	@echo 'make bench                  measure the service beside limits and peers; BENCH=posts for one, ARGS=--help for options'
+	@echo 'make bench-triton           install Triton, so that `make bench` measures it too'
 	@echo 'make train RECIPE=who       train by a recipe into runs/who; ARGS="--max-minutes 5" adds options'
 	@echo 'make export RECIPE=who      publish runs/who as the next version of models/who; NAME=... renames it'
 	@echo 'make clean                  remove $(VENV) and caches; sessions, runs and models stay'
@@ -35,8 +36,14 @@ check: $(COMPLETE)
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
-bench: $(SERVING)
-	$(BIN)/python -m benchmarks.$(or $(BENCH),steps) $(ARGS)
+bench: $(COMPLETE)
+	@$(BIN)/python -m benchmarks$(if $(BENCH),.$(BENCH)) $(ARGS)
+
+bench-triton: $(SERVING)
+	@echo 'installing Triton into $(VENV)/triton'
+	@test -x $(VENV)/triton/bin/pip || $(BIN)/python -m venv $(VENV)/triton
+	@$(VENV)/triton/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 \
+		"$$($(BIN)/python -m pip freeze | grep '^onnxruntime==')"
 
 train: $(COMPLETE)
 	@test -n '$(RECIPE)' || { echo 'which recipe? make train RECIPE=who; there are:'; $(BIN)/python -m training recipes; exit 2; }

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -46,16 +47,16 @@ class Served:
         )
         while not self._ready():
             if self._process.poll() is not None or time.perf_counter() - begun > START_S:
-                self._process.kill()
+                self.kill()
                 raise RuntimeError("the service is not ready")
             time.sleep(0.01)
         self.ready_s = round(time.perf_counter() - begun, 2)
 
     def _ready(self) -> bool:
         try:
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
+            with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection:
+                connection.request("GET", "/readyz")
+                return connection.getresponse().status == 200
         except OSError:
             return False
 
@@ -69,10 +70,20 @@ class Served:
         self._process.terminate()
         self._process.wait(STOP_S)
 
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
     def memory_mb(self) -> float:
-        """VmRSS of the process in megabytes of 10^6 bytes."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return round(float(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6, 1)
+        """Resident memory of the process in megabytes of 10^6 bytes."""
+        return round(resident_bytes(self.pid) / 1e6, 1)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def cpu_s(self) -> float:
         """Processor time that the process has used."""
@@ -84,9 +95,9 @@ class Served:
         counters = Path(f"/proc/{self._process.pid}/io").read_text()
         return int(counters.split("write_bytes:")[1].split()[0])
 
-    def client(self) -> "Client":
+    def client(self, timeout_s: float = 120) -> "Client":
         """A connection that is kept alive."""
-        return Client(self.port)
+        return Client(self.port, timeout_s)
 
     def start_load(self, kind: str, model: str, seconds: float, **more: object) -> "subprocess.Popen[str]":
         """Begin a load in a process of its own; see benchmarks/load.py for the options."""
@@ -108,8 +119,8 @@ class Served:
 class Client:
     """One kept connection, one request at a time."""
 
-    def __init__(self, port: int) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    def __init__(self, port: int, timeout_s: float = 120) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
 
     def reconnect(self) -> None:
         """Connect again: the service closes connections that rest for seconds."""
@@ -132,6 +143,12 @@ class Client:
         begun = time.perf_counter()
         self.ask(method, path, body)
         return (time.perf_counter() - begun) * 1e3
+
+
+def resident_bytes(pid: int) -> int:
+    """VmRSS of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
 def load_result(process: "subprocess.Popen[str]") -> dict[str, Any]:
