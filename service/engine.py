@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from math import prod
 from time import perf_counter
 from typing import TypeVar, cast
 
@@ -79,7 +80,8 @@ class Engine:
         self._post = post
         self._max_queue_steps = max_queue_steps
         self._max_resident = max_resident
-        self._scheduler: Scheduler[Work] = Scheduler(max_batch)
+        numbers = sum(prod(axis for axis in one.shape if isinstance(axis, int)) for one in self.manifest.outputs)
+        self._scheduler: Scheduler[Work] = Scheduler(max_batch, numbers=numbers)
         self.keeping = keeping or Keeping()
         self._residents: OrderedDict[Key, Resident] = OrderedDict()
         self._parking: list[Snapshot] = []

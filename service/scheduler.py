@@ -3,16 +3,20 @@
 A call folds the same number of steps for every row, so a row that has n steps to go joins the rows with the same power
 of two of steps (at most `MAX_STEPS`); a fold's result does not depend on how it is cut. Rows that know their entries
 and rows that draw them wait apart. The batch that has waited longest goes first and a row goes to the back after each
-tick, so a long feed waits behind the streams and they behind it, never longer than about `TICK_S`.
+tick, so a long feed waits behind the streams and they behind it, never longer than about a tick.
 """
 
 from collections import deque
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-MAX_STEPS = 32
-TICK_S = 0.025
-"""how long a tick may take: what a newcomer waits, and how many tokens of a stream are sent at once"""
+MAX_DRAWN = 32
+MAX_STEPS = 256
+TICK_S = {True: 0.025, False: 0.018}
+"""how long a tick of rows that draw, and of rows that do not, may take: what a newcomer waits, and how many tokens of a
+stream are sent at once; beside long feeds streams keep more than half of the time"""
+MAX_NUMBERS = 4_000_000
+"""of the outputs of a tick"""
 _GUESS_S = 0.001
 _NEWEST = 0.25
 
@@ -44,7 +48,9 @@ class Batch(Generic[R]):
 class Pace:
     """How long a step takes, by kind and size of batch: the newest ticks count most."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: int = 1) -> None:
+        """`numbers`: of one row's outputs of one step."""
+        self._numbers = numbers
         self._seconds: dict[tuple[bool, int], float] = {}
 
     def took(self, draws: bool, rows: int, steps: int, seconds: float) -> None:
@@ -55,14 +61,17 @@ class Pace:
 
     def most(self, draws: bool, rows: int) -> int:
         """The steps that fit into a tick, at least 1."""
-        return max(1, int(TICK_S / self._seconds.get((draws, rows.bit_length()), _GUESS_S)))
+        seconds = self._seconds.get((draws, rows.bit_length()), _GUESS_S)
+        in_time = int(TICK_S[draws] / seconds)
+        # A roll-out keeps its last step's outputs only.
+        return max(1, in_time if draws else min(in_time, MAX_NUMBERS // (rows * self._numbers)))
 
 
 class Scheduler(Generic[R]):
     """Queues of rows, one a kind and a number of steps. Owned by one thread."""
 
-    def __init__(self, max_batch: int, max_steps: int = MAX_STEPS) -> None:
-        self.pace = Pace()
+    def __init__(self, max_batch: int, max_steps: int = MAX_STEPS, numbers: int = 1) -> None:
+        self.pace = Pace(numbers)
         self._max_batch = max_batch
         self._max_steps = max_steps
         self._queues: dict[tuple[bool, int], deque[tuple[int, R]]] = {}
@@ -74,7 +83,8 @@ class Scheduler(Generic[R]):
     def add(self, row: R) -> None:
         """Put a row behind those that wait."""
         self._arrivals += 1
-        kind = (row.draws, _power_of_two(min(row.steps, self._max_steps)))
+        most = MAX_DRAWN if row.draws else self._max_steps
+        kind = (row.draws, _power_of_two(min(row.steps, most)))
         queue = self._queues.get(kind)
         if queue is None:
             queue = self._queues[kind] = deque()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import MAX_STEPS, Scheduler
+from service.scheduler import MAX_DRAWN, MAX_NUMBERS, MAX_STEPS, TICK_S, Scheduler
 
 
 @dataclass(eq=False)
@@ -66,17 +66,38 @@ def test_every_row_is_folded_to_its_end(lengths: list[int], max_batch: int) -> N
     assert all(row.remaining == 0 for row in rows) and len(scheduler) == 0
 
 
-@pytest.mark.parametrize(("step_s", "steps"), [(0.0001, 32), (0.00101, 24), (0.0051, 4), (0.02, 1), (10.0, 1)])
-def test_a_tick_takes_as_many_steps_as_fit(step_s: float, steps: int) -> None:
+@pytest.mark.parametrize("draws", [True, False])
+@pytest.mark.parametrize("step_s", [0.0001, 0.00101, 0.0051, 0.02, 10.0])
+def test_a_tick_takes_as_many_steps_as_fit(draws: bool, step_s: float) -> None:
     scheduler = Scheduler[Row](8)
-    rows = [Row(1000, draws=True) for _ in range(8)]
+    rows = [Row(1000, draws=draws) for _ in range(8)]
     for _ in range(30):
         for row in rows:
             scheduler.add(row)
         batch = scheduler.next()
-        assert batch is not None and batch.draws
-        scheduler.pace.took(batch.draws, len(batch.rows), batch.steps, step_s * batch.steps)
-    assert batch.steps == steps
+        assert batch is not None and batch.draws == draws
+        scheduler.pace.took(draws, len(batch.rows), batch.steps, step_s * batch.steps)
+    most = MAX_DRAWN if draws else MAX_STEPS
+    assert (
+        batch.steps == most or batch.steps == 1 or batch.steps * step_s <= TICK_S[draws] < (batch.steps + 1.5) * step_s
+    )
+
+
+def test_the_outputs_of_a_tick_are_bounded() -> None:
+    scheduler = Scheduler[Row](64, numbers=50_000)
+    scheduler.pace.took(False, 64, 1, 1e-6)
+    for _ in range(64):
+        scheduler.add(Row(10_000))
+    batch = scheduler.next()
+    assert batch is not None and batch.steps >= 1 and batch.steps * 64 * 50_000 <= MAX_NUMBERS
+
+
+def test_streams_with_much_to_go_run_together() -> None:
+    scheduler = Scheduler[Row](64)
+    for to_go in (MAX_DRAWN, 100, 1000, 5000):
+        scheduler.add(Row(to_go, draws=True))
+    batch = scheduler.next()
+    assert batch is not None and len(batch.rows) == 4
 
 
 def test_rows_that_draw_and_rows_that_know_their_entries_run_apart() -> None:
