@@ -32,9 +32,11 @@ def services(chosen: argparse.Namespace) -> Iterator[dict[str, Served]]:
         yield found
 
 
-def sides_of(bundle: Bundle, kind: str, served: dict[str, Served], chosen: argparse.Namespace) -> dict[str, Measured]:
-    """How each is measured: tokens or answers a second."""
-    first, name = itertools.count(0, 1000), bundle.manifest.name
+def sides_of(
+    bundle: Bundle, kind: str, served: dict[str, Served], first: Iterator[int], chosen: argparse.Namespace
+) -> dict[str, Measured]:
+    """How each is measured: tokens or answers a second. `first` numbers the sessions, so that none is used twice."""
+    name = bundle.manifest.name
 
     def side(setting: str) -> Measured:
         def per_s(size: int) -> float:
@@ -53,10 +55,11 @@ def sides_of(bundle: Bundle, kind: str, served: dict[str, Served], chosen: argpa
 def run(chosen: argparse.Namespace) -> Report:
     """Every precision and both loads in turn."""
     rounds, sizes, bundles = Rounds(), numbers(chosen.sessions), bundles_of(chosen)
+    first = itertools.count(0, 1000)
     with services(chosen) as served:
         for precision, bundle in bundles.items():
             for kind in LOADS:
-                sides = sides_of(bundle, kind, served, chosen)
+                sides = sides_of(bundle, kind, served, first, chosen)
                 alternate(rounds, f"{kind} {precision}", sizes, sides, chosen.rounds)
     rows = [row(rounds, f"{kind} {name} {size}") for name in bundles for kind in LOADS for size in sizes]
     header = ["", "1 thread", "2 threads", "default", "default to the best", "loop, 1 thread", "loop, 2 threads"]

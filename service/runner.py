@@ -5,12 +5,15 @@ not change a bit on this machine; where they do, rows are run one at a time and 
 """
 
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import is_
 from pathlib import Path
+from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -22,6 +25,9 @@ from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec
 from service.state import Array, Row
 
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+
+TRIAL_ROWS, TRIALS = 16, 7
+LONG_S = 0.0003
 
 Call = Future[tuple[list[Array], list[Array]]]
 """Outputs and next states, when they are there"""
@@ -44,9 +50,9 @@ class Folded:
 class Runner:
     """One loaded graph; `run` folds a chunk of entries into each row's state. Not for two threads at once."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int | Literal["auto"]) -> None:
         self.manifest = bundle.manifest
-        self._session = _open(bundle.graph, threads)
+        self._session = _open(bundle.graph, 1 if threads == "auto" else threads)
         _check_signature(self.manifest, self._session)
         self._input = self.manifest.inputs[0]
         self._names = [spec.name for spec in self.manifest.outputs]
@@ -54,6 +60,8 @@ class Runner:
         self._fed = [spec.input for spec in self.manifest.states]
         self._folding, self._rolling = _Last(self.manifest.states), _Last(self.manifest.states)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"ahead-{self.manifest.name}")
+        if threads == "auto" and len(os.sched_getaffinity(0)) > 1 and self._takes_long():
+            self._session = _open(bundle.graph, 2)
         self.batches_exactly, self.numerics = _verify_golden(self, bundle)
 
     def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
@@ -80,6 +88,18 @@ class Runner:
         if ahead:
             self._rolling.begin(entries, self._beside.submit(self._call, entries[None], states))
         return Folded(self._named(outputs), after, finite)
+
+    def _takes_long(self) -> bool:
+        """Whether a call of some rows takes so long that a second thread saves more than it costs to wake it."""
+        rows = [state.initial_row(self.manifest.states)] * TRIAL_ROWS
+        axes = (axis for axis in self._input.shape[2:] if isinstance(axis, int))
+        entries, states = np.zeros((1, TRIAL_ROWS, *axes)), state.stack(self.manifest.states, rows)
+        took = []
+        for _ in range(TRIALS):
+            began = perf_counter()
+            self._run(entries, states)
+            took.append(perf_counter() - began)
+        return min(took) > LONG_S
 
     def close(self) -> None:
         """End the thread that works ahead."""

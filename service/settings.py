@@ -32,7 +32,9 @@ class Settings(BaseSettings):
     durability: Literal["commit", "fsync"] = Field(
         default="commit", description="commit survives kill -9, fsync survives power loss"
     )
-    threads: int = Field(default=1, ge=1, le=256, description="threads of a call of a graph")
+    threads: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
+        default="auto", description="threads of a call of a graph; auto: 2 where calls take long, else 1"
+    )
     max_batch: int = Field(default=128, ge=1, le=4096, description="sessions in a batch")
     max_queue_steps: int = Field(default=1_000_000, ge=1, description="steps that may wait for one model")
     max_resident: int = Field(default=100_000, ge=1, description="sessions of one model held in memory")

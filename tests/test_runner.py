@@ -1,5 +1,6 @@
 """The runner: any cut and any batch give the same bits, and a bundle that lies is refused."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny import TINY, every_model, newest, some_inputs
 
+from service import runner as runner_module
 from service import state
 from service.bundle import Bundle, BundleError, Manifest
 from service.runner import Folded, Runner
@@ -68,6 +70,19 @@ def test_a_fold_does_not_depend_on_its_batch(name: str, models: Path, rows: int,
     zero = [state.initial_row(runner.manifest.states)] * rows
     together, i = runner.run(chunks, zero), place % rows
     assert bits(together, i) == bits(runner.run(chunks[i : i + 1], zero[:1]), 0)
+
+
+def test_a_model_whose_calls_take_long_gets_two_threads(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    original = runner_module._open
+    monkeypatch.setattr(
+        runner_module, "_open", lambda graph, threads: opened.append(threads) or original(graph, threads)
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    for long_s in (10.0, 0.0):
+        monkeypatch.setattr(runner_module, "LONG_S", long_s)
+        assert Runner(newest(models, "tiny-letters"), "auto").numerics == runner_of(models, "tiny-letters").numerics
+    assert opened == [1, 1, 2]
 
 
 @pytest.mark.parametrize("name", TINY)
