@@ -24,6 +24,8 @@ from service.work.events import Event, Failed, Listener, LostRace
 _random = random.Random()
 
 PARK_AFTER = 32
+LEAST_CHUNK = 32
+"""snapshots may be closer than that; a long feed's are not"""
 MAX_NOTED = 16
 
 
@@ -234,6 +236,12 @@ class SessionWork(Work):
         assert new is not None
         head = new_head(new, host.manifest, host.next_epoch(new.key))
         return Resident(head, state.initial_row(host.manifest.states), 0, host.codec.none(), None, None, 0)
+
+    @property
+    def steps(self) -> int:
+        """Steps that can be taken now: at most up to the next snapshot, which is noted between two chunks."""
+        every = max(self._host.keeping.snapshot_every, LEAST_CHUNK)
+        return min(self.remaining, every - (self.at - self._snapshot_at) % every)
 
     @property
     def expected(self) -> Fence | None:

@@ -94,7 +94,7 @@ class Generate(SessionWork):
         """Entries before the last one are folded; from there on each step draws a token."""
         if self.generation.finish_reason is not None:
             return 0
-        return self.remaining - 1 if self.remaining > 1 else self._to_go
+        return min(self.remaining - 1, super().steps) if self.remaining > 1 else self._to_go
 
     @property
     def draws(self) -> bool:

@@ -22,6 +22,11 @@ class Peek(SessionWork):
         self._count = count
         self._outputs = Kept(count)
 
+    @property
+    def steps(self) -> int:
+        """All that is left: nothing is noted between chunks."""
+        return self.remaining
+
     def begin(self, host: Host) -> None:
         """Start from the session's state, or from a snapshot before the first output asked for."""
         if self._position is None:
@@ -56,6 +61,11 @@ class Verify(SessionWork):
         self._verdict: bool | None = None
         self._other_numerics = False
         self._differs_at: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """All that is left: nothing is noted between chunks."""
+        return self.remaining
 
     def begin(self, host: Host) -> None:
         """Start from the initial state, or from the snapshot that the log begins at."""
