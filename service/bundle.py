@@ -9,6 +9,8 @@ import hashlib
 import re
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -205,6 +207,11 @@ class Manifest(_Strict):
     def graph_sha256(self) -> str:
         """What a session pins."""
         return self.files[GRAPH]
+
+    @cached_property
+    def output_numbers(self) -> int:
+        """Numbers in one row's outputs of one step."""
+        return sum(prod(axis for axis in spec.shape if isinstance(axis, int)) for spec in self.outputs)
 
     @property
     def state_bytes(self) -> int:

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from math import prod
 from time import perf_counter
 from typing import TypeVar, cast
 
@@ -80,8 +79,7 @@ class Engine:
         self._post = post
         self._max_queue_steps = max_queue_steps
         self._max_resident = max_resident
-        numbers = sum(prod(axis for axis in one.shape if isinstance(axis, int)) for one in self.manifest.outputs)
-        self._scheduler: Scheduler[Work] = Scheduler(max_batch, numbers=numbers)
+        self._scheduler: Scheduler[Work] = Scheduler(max_batch, numbers=self.manifest.output_numbers)
         self.keeping = keeping or Keeping()
         self._residents: OrderedDict[Key, Resident] = OrderedDict()
         self._parking: list[Snapshot] = []
@@ -284,8 +282,7 @@ class Engine:
         drawn, chances = tokens.T.astype(self.codec.entry_dtype, order="C"), np.ascontiguousarray(logprobs.T)
         for i, work in enumerate(rolling):
             outputs = {name: array[0, i] for name, array in folded.outputs.items()}
-            work.rolled(drawn[i], chances[i], outputs, folded.rows[i])
-        self._tokens.inc(steps * len(works))
+            self._tokens.inc(work.rolled(drawn[i], chances[i], outputs, folded.rows[i]))
 
     def _roll_with_care(self, works: list[Work], steps: int) -> None:
         """After a number that is not finite: each row alone and step by step, up to the last good token."""

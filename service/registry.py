@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 
 import structlog
@@ -29,17 +28,10 @@ class Model:
     bundle: Bundle
     runner: Runner
     engine: Engine
-    numbers: int = field(init=False)
-    """of a step's output"""
-
-    def __post_init__(self) -> None:
-        widths = (spec.shape[2:] for spec in self.bundle.manifest.outputs)
-        numbers = sum(prod(axis for axis in shape if isinstance(axis, int)) for shape in widths)
-        object.__setattr__(self, "numbers", numbers)
 
     def most_steps(self, alternatives: int) -> int:
         """How many steps' predictions one answer may hold: bounded by the arrays, and by what is shown of them."""
-        numbers = self.numbers
+        numbers = self.bundle.manifest.output_numbers
         shown = alternatives if self.bundle.manifest.task == "language-model" else numbers
         return min(MAX_OUTPUT_BYTES // (4 * max(numbers, 1)), MAX_SHOWN // max(shown, 1))
 

@@ -16,7 +16,6 @@ from test_store import AnySequence, applied, create, entries, few_steps, forked,
 
 from service.store import redis as redis_module
 from service.store.base import (
-    SCHEMA_VERSION,
     Applied,
     Commit,
     CommitUnknown,
@@ -30,7 +29,7 @@ from service.store.base import (
     StoreError,
     tombstone,
 )
-from service.store.redis import RedisStore
+from service.store.redis import SCHEMA_VERSION, RedisStore
 
 pytestmark = pytest.mark.skipif(server_binary() is None, reason="no Redis-compatible server")
 

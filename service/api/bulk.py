@@ -40,6 +40,8 @@ from service.work.feed import Keyed
 router = APIRouter(prefix="/v1", tags=["sessions"])
 
 MEDIA_TYPE = "application/x-ndjson"
+MAX_LINES = 65_536
+"""each takes about a kilobyte of memory, however short it is"""
 WINDOW = 4096
 """lines that are under way at once"""
 SLICE = 64
@@ -247,7 +249,7 @@ class BulkAnswer(Response):
     responses=described(200, "a line a line, in the same order", None, "skipped", *BODY_ERRORS, lines=True),
 )
 async def bulk_steps(request: Request) -> Response:
-    """Feed many sessions: a line of JSON each, as for one session with `session` and `key` beside.
+    """Feed many sessions: a line of JSON each (at most 65,536), as for one session with `session` and `key` beside.
 
     The answer has a line a line in the same order: what the session's own route answers, or `{"session", "error"}`.
     Lines of one session run in order; after one that was refused the later ones are `skipped`. An Idempotency-Key of
@@ -256,6 +258,9 @@ async def bulk_steps(request: Request) -> Response:
     must_be(request, MEDIA_TYPE)
     given = header(request, b"idempotency-key")
     key = checked_key(given) if given is not None else None
+    body = await read_bytes(request)
+    if body.count(b"\n") > MAX_LINES:
+        raise Problem("payload_too_large", f"at most {MAX_LINES} lines a request")
     bulk = Bulk(sessions_of(request), history_of(request), key)
-    await bulk.read(await read_bytes(request))
+    await bulk.read(body)
     return BulkAnswer(bulk)

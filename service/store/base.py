@@ -17,7 +17,6 @@ import msgspec
 
 from service.errors import Problem, not_ready
 
-SCHEMA_VERSION = 2
 TOMBSTONE_TTL_S = 7 * 24 * 3600
 REPLIES_KEPT = 256
 TENANT_REPLIES_KEPT = 65_536

@@ -28,7 +28,6 @@ from redis.retry import Retry
 
 from service.store.base import (
     REPLIES_KEPT,
-    SCHEMA_VERSION,
     SNAPSHOT_SPACING,
     SNAPSHOTS_KEPT,
     TENANT_REPLIES_KEPT,
@@ -57,6 +56,7 @@ from service.store.base import (
 
 log = structlog.get_logger(__name__)
 
+SCHEMA_VERSION = 2
 TIMEOUT_S = 1.0
 SETTLE_S = 2.0
 SETTLE_PAUSE_S = 0.05

@@ -128,11 +128,11 @@ class Generate(SessionWork):
         """The position of the next token."""
         return self._position + 1
 
-    def rolled(self, tokens: Array, logprobs: Array, outputs: Output, row: Row) -> None:
+    def rolled(self, tokens: Array, logprobs: Array, outputs: Output, row: Row) -> int:
         """Take what a roll-out drew: tokens and log-probabilities [steps], the last step's outputs, the state after it.
 
-        Where the generate ends before the last token, the state stays where it was, and what led to the end is left
-        to be folded.
+        Returns how many tokens are taken. Where the generate ends before the last one, the state stays where it was,
+        and what led to the end is left to be folded.
         """
         taken = self._take(tokens, logprobs)
         if taken == len(tokens):
@@ -141,6 +141,7 @@ class Generate(SessionWork):
             self.entries, self.cursor = tokens[-1:], 0
         else:
             self.entries, self.cursor = np.concatenate([self.entries[self.cursor :], tokens[:taken]]), 0
+        return taken
 
     def _take(self, tokens: Array, logprobs: Array) -> int:
         """Take tokens up to the generate's end; returns how many."""

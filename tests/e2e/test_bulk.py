@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from live import MakeServer, Server, problem
 from tiny import LETTERS as SYMBOLS
 
-from service.api.bulk import WINDOW
+from service.api.bulk import MAX_LINES, WINDOW
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 LETTERS = {"model": "tiny-letters", "seed": 1}
@@ -204,6 +204,15 @@ def test_a_body_that_is_too_large_or_of_another_type_feeds_nothing(server: Serve
         415,
         "unsupported_media_type",
     )
+    assert server.http.get(f"/v1/sessions/{name}").status_code == 404
+
+
+def test_a_body_of_too_many_lines_feeds_nothing(server: Server, name: str) -> None:
+    good = json.dumps({"session": name, "inputs": "a", **LETTERS}).encode()
+    for filling in (b"", b"1"):
+        body = good + (b"\n" + filling) * (MAX_LINES + 1)
+        refused = post(server, body)
+        problem(refused, 413, "payload_too_large")
     assert server.http.get(f"/v1/sessions/{name}").status_code == 404
 
 
