@@ -35,7 +35,7 @@ from service.store.base import (
     problem_of,
 )
 from service.tasks import Codec, Output
-from service.work.base import Keeping, Resident, SessionWork, Work
+from service.work.base import Keeping, Resident, Work
 from service.work.events import Event, Failed, Listener, LostRace
 from service.work.generate import Generate
 
@@ -74,6 +74,8 @@ class Engine:
         self.manifest = runner.manifest
         self.codec = Codec(runner.manifest)
         self.numerics = runner.numerics
+        self.initial_row = state.initial_row(runner.manifest.states)
+        self.max_batch = max_batch
         self._runner = runner
         self._store = store
         self._post = post
@@ -156,7 +158,16 @@ class Engine:
 
     def _begin(self, work: Work) -> None:
         self._try(work, lambda: work.begin(self))
+        self._begin_strays(work)
         self._queue(work)
+
+    def _begin_strays(self, work: Work) -> None:
+        strays, work.strays = work.strays, []
+        if strays:
+            with self._arrived:
+                self._queued_steps += sum(stray.cost for stray in strays)
+        for stray in strays:
+            self._begin(stray)
 
     def _try(self, work: Work, act: Callable[[], T]) -> T | None:
         """Let a piece of work act; whatever goes wrong ends that work alone."""
@@ -214,24 +225,24 @@ class Engine:
 
     def _abort(self, works: list[Work]) -> None:
         for work in works:
-            if isinstance(work, SessionWork):
-                self._hold(work.key, None)
+            for key in work.keys:
+                self._hold(key, None)
             if not work.finished:
                 work.end(Failed(Problem("internal", "the service failed on this request")))
 
     # ------------------------------------------------------------------ fold and draw
 
     def _step(self, batch: Batch[Work]) -> None:
-        works = [work for work in batch.rows if not work.halted]
+        works = [work for work in batch.rows if not (work.halted or work.finished)]
         if not works:
             return
         started = perf_counter()
         self._together(self._roll if batch.draws else self._fold, works, batch.steps)
-        seconds = perf_counter() - started
-        self._scheduler.pace.took(batch.draws, len(works), batch.steps, seconds)
+        seconds, width = perf_counter() - started, sum(work.width for work in works)
+        self._scheduler.pace.took(batch.draws, width, batch.steps, seconds)
         self._run_seconds.observe(seconds)
-        self._batch_rows.observe(len(works))
-        self._steps.inc(batch.steps * len(works))
+        self._batch_rows.observe(width)
+        self._steps.inc(batch.steps * width)
 
     def _together(self, act: Callable[[list[Work], int], None], works: list[Work], steps: int) -> None:
         """All rows at once; after a failure each once alone, so that one bad row harms no other."""
@@ -240,21 +251,19 @@ class Engine:
         except Exception:
             log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=steps)
             if len(works) == 1:
-                works[0].end(Failed(Problem("internal", "the model could not be run on these inputs")))
+                works[0].failed()
                 return
             for work in works:
                 self._together(act, [work], steps)
 
     def _fold(self, works: list[Work], steps: int) -> None:
-        folded = self._runner.run([work.chunk(steps) for work in works], [work.row for work in works])
-        columns = {name: list(np.ascontiguousarray(array.swapaxes(0, 1))) for name, array in folded.outputs.items()}
-        for i, work in enumerate(works):
-            outputs = {name: state.owned(column[i]) for name, column in columns.items()}
-            if folded.finite or (_finite(outputs) and state.finite(folded.rows[i])):
-                work.folded(outputs, folded.rows[i])
-            else:
-                self._faults.inc()
-                work.end(Failed(_numeric_fault(work)))
+        entries = np.concatenate([work.block(steps) for work in works], axis=1)
+        folded = self._runner.run(entries, [row for work in works for row in work.rows])
+        end = 0
+        for work in works:
+            begin, end = end, end + work.width
+            outputs = {name: array[:, begin:end] for name, array in folded.outputs.items()}
+            self._faults.inc(work.take(outputs, folded.rows[begin:end], folded.finite))
 
     def _roll(self, works: list[Work], steps: int) -> None:
         """Fold the last entry of each, draw the next from what comes out, and so on."""
@@ -298,7 +307,7 @@ class Engine:
             return  # what is good is committed first; the next tick finds the fault again
         else:
             self._faults.inc()
-            works[0].end(Failed(_numeric_fault(works[0])))
+            works[0].end(Failed(works[0].fault))
 
     def _sampler_of(self, works: list[Generate]) -> Sampler:
         """The sampler of the last tick while the batch has the same members."""
@@ -311,19 +320,22 @@ class Engine:
 
     def _commit(self, works: list[Work]) -> None:
         unfinished = [work for work in works if not work.finished]
-        due = [(work, commit) for work in unfinished if (commit := self._try(work, work.commit)) is not None]
+        due = [(work, commits) for work in unfinished if (commits := self._try(work, work.commits))]
         parking, self._parking = self._parking, []
         if due or parking:
             started = perf_counter()
-            results = self._committed(due, parking)
+            results = self._committed([commit for _, commits in due for commit in commits], parking)
             metrics.COMMIT_SECONDS.observe(perf_counter() - started)
-            for (work, commit), result in zip(due, results, strict=True):
-                self._settle(work, commit.head.key, result)
-            metrics.COMMITS.labels("applied").inc(sum(isinstance(result, Applied) for result in results))
+            end = 0
+            for work, commits in due:
+                begin, end = end, end + len(commits)
+                for key, resident in work.settled(results[begin:end]):
+                    self._hold(key, resident)
+            _count(results)
 
-    def _committed(self, due: list[tuple[Work, Commit]], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
+    def _committed(self, due: Sequence[Commit], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
         try:
-            return list(self._store.commit([commit for _, commit in due], parking))
+            return list(self._store.commit(due, parking))
         except StoreError as error:
             log.error("commit_failed", error=str(error))
             return [problem_of(error)] * len(due)
@@ -333,18 +345,6 @@ class Engine:
             if len(due) <= 1 and not parking:
                 return [Problem("internal", "the session could not be written; nothing was changed")] * len(due)
             return [result for one in due for result in self._committed([one])]
-
-    def _settle(self, work: Work, key: Key, result: Result | Problem) -> None:
-        if isinstance(result, Applied):
-            self._hold(key, work.applied(result.head))
-            return
-        self._hold(key, None)
-        if isinstance(result, Problem):
-            metrics.COMMITS.labels("failed").inc()
-            work.end(Failed(result))
-        else:
-            metrics.COMMITS.labels("conflict").inc()
-            work.lost(result.head)
 
     # ------------------------------------------------------------------ reply
 
@@ -356,8 +356,9 @@ class Engine:
     def _reply(self, works: list[Work]) -> None:
         posted: list[tuple[Listener, Event]] = []
         for work in works:
-            posted += [(work.listener, event) for event in work.events]
+            posted += work.events
             work.events = []
+            self._begin_strays(work)
             if work.finished:
                 work.listener = _nobody  # it may hold the work, and the work its arrays
             else:
@@ -409,7 +410,7 @@ class Engine:
                 below = snapshot.position
         if head.origin:
             raise LogDamaged(head)
-        return 0, state.initial_row(specs)
+        return 0, self.initial_row
 
     def snapshot(self, head: Head, below: int) -> Snapshot | None:
         """The newest snapshot of this model's state before `below`."""
@@ -468,12 +469,9 @@ def _leads_to(known: Head, held: Head) -> bool:
     return (held.epoch, held.branch) == (known.epoch, known.branch) and held.position >= known.position
 
 
-def _finite(outputs: Output) -> bool:
-    return all(bool(np.isfinite(array).all()) for array in outputs.values())
-
-
-def _numeric_fault(work: Work) -> Problem:
-    detail = "the model produced a number that is not finite; the session stays where it was"
-    if isinstance(work, SessionWork):
-        return Problem("numeric_fault", detail, last_good_position=work.base.head.position)
-    return Problem("numeric_fault", detail)
+def _count(results: Sequence[Result | Problem]) -> None:
+    applied = sum(isinstance(result, Applied) for result in results)
+    failed = sum(isinstance(result, Problem) for result in results)
+    for kind, number in (("applied", applied), ("failed", failed), ("conflict", len(results) - applied - failed)):
+        if number:
+            metrics.COMMITS.labels(kind).inc(number)

@@ -64,9 +64,9 @@ class Runner:
             self._session = _open(bundle.graph, 2)
         self.batches_exactly, self.numerics = _verify_golden(self, bundle)
 
-    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
-        """Fold chunks of equal length, one a row, each [T, ...], into the rows' states."""
-        outputs, states = self._call(np.stack(chunks, axis=1), self._folding.states_of(rows))
+    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
+        """Fold `entries` [T, B, ...] into the states of B rows."""
+        outputs, states = self._call(entries, self._folding.states_of(rows))
         finite = all(bool(np.isfinite(array).all()) for array in (*outputs, *states))
         return Folded(self._named(outputs), self._folding.take(states), finite)
 
@@ -214,13 +214,13 @@ def _verify_golden(runner: Runner, bundle: Bundle) -> tuple[bool, str]:
     """Run the golden example again: (whether batching changes no bit here, sha256 of the bits)."""
     golden = _golden(bundle)
     runner.batches_exactly = True
-    chunks = list(np.moveaxis(golden["input"], 1, 0))
-    zero = [state.initial_row(runner.manifest.states)] * len(chunks)
-    whole = runner.run(chunks, zero)
+    entries = golden["input"]
+    zero = [state.initial_row(runner.manifest.states)] * entries.shape[1]
+    whole = runner.run(entries, zero)
     _compare(runner.manifest, golden, whole)
-    if not _chunks_agree(runner, chunks, whole):
+    if not _chunks_agree(runner, entries, whole):
         raise BundleError("the graph gives other bits for one call of T steps than for T calls of one step")
-    alone = runner.run(chunks[:1], zero[:1])
+    alone = runner.run(entries[:, :1], zero[:1])
     exact = all(_equal(array[:, :1], alone.outputs[name]) for name, array in whole.outputs.items())
     exact = exact and all(_equal(a, b) for a, b in zip(whole.rows[0], alone.rows[0], strict=True))
     return exact, _digest(runner.manifest, alone)
@@ -262,10 +262,10 @@ def _close(name: str, found: Array, expected: Array, tolerance: float) -> None:
         raise BundleError(f"the graph's {name!r} differs from the golden example")
 
 
-def _chunks_agree(runner: Runner, chunks: list[Array], whole: Folded) -> bool:
-    rows = [state.initial_row(runner.manifest.states)] * len(chunks)
-    for t in range(len(chunks[0])):
-        step = runner.run([chunk[t : t + 1] for chunk in chunks], rows)
+def _chunks_agree(runner: Runner, entries: Array, whole: Folded) -> bool:
+    rows = [state.initial_row(runner.manifest.states)] * entries.shape[1]
+    for t in range(len(entries)):
+        step = runner.run(entries[t : t + 1], rows)
         if not all(_equal(array[0], whole.outputs[name][t]) for name, array in step.outputs.items()):
             return False
         rows = step.rows

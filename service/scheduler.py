@@ -32,6 +32,10 @@ class Row(Protocol):
     def draws(self) -> bool:
         """Whether each step draws the entry of the next one."""
 
+    @property
+    def width(self) -> int:
+        """How many sessions it is: at most as many as a batch may have, or it is a batch alone."""
+
 
 R = TypeVar("R", bound=Row)
 
@@ -43,6 +47,7 @@ class Batch(Generic[R]):
     rows: list[R]
     steps: int
     draws: bool
+    width: int
 
 
 class Pace:
@@ -97,8 +102,12 @@ class Scheduler(Generic[R]):
             return None
         draws, steps = min(waiting)[1]
         queue = self._queues[draws, steps]
-        rows = [queue.popleft()[1] for _ in range(min(len(queue), self._max_batch))]
-        return Batch(rows, min(steps, self.pace.most(draws, len(rows))), draws)
+        rows = [queue.popleft()[1]]
+        width = rows[0].width
+        while queue and width + queue[0][1].width <= self._max_batch:
+            rows.append(queue.popleft()[1])
+            width += rows[-1].width
+        return Batch(rows, min(steps, self.pace.most(draws, width)), draws, width)
 
 
 def _power_of_two(steps: int) -> int:

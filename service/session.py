@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import msgspec
 import structlog
@@ -24,11 +24,11 @@ from service.run import Race, Reader, Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array
 from service.store.base import UNREAD, Commit, Conflict, Generation, Head, Key, Store, tombstone
-from service.tasks import Codec, End
 from service.turns import Place, Turn
 from service.work.base import NewSession, Work, new_head
-from service.work.events import Done, Event, Failed, Listener, LostRace, Token
+from service.work.events import Column, Done, Event, Failed, Listener, LostRace, Token
 from service.work.feed import Feed, KeptAnswer, Keyed, Predict, abandoned
+from service.work.feeds import Feeds
 from service.work.forecast import Forecast, Path
 from service.work.generate import MAX_TOKENS_KEPT, Generate, reply_of
 from service.work.migrate import session_reply
@@ -129,15 +129,29 @@ class Outbox:
 
     def __init__(self) -> None:
         self._waiting: dict[Engine, list[Sequence[Work]]] = {}
+        self._steps: dict[Engine, list[Feeding]] = {}
 
     def put(self, engine: Engine, works: Sequence[Work]) -> None:
         """Submit work that begins at the same time, all or none; a refusal reaches its listeners."""
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._flush)
+        self._flush_soon()
         self._waiting.setdefault(engine, []).append(works)
+
+    def step(self, engine: Engine, feeding: "Feeding") -> None:
+        """Submit a feed of one entry, in columns with the others."""
+        self._flush_soon()
+        self._steps.setdefault(engine, []).append(feeding)
+
+    def _flush_soon(self) -> None:
+        if not self._waiting and not self._steps:
+            asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, {}
+        steps, self._steps = self._steps, {}
+        for engine, feedings in steps.items():
+            size = engine.max_batch
+            parts = [feedings[begin : begin + size] for begin in range(0, len(feedings), size)]
+            waiting.setdefault(engine, []).extend((Feeds(show_together, part),) for part in parts)
         for engine, groups in waiting.items():
             try:
                 engine.submit(*chain.from_iterable(groups))
@@ -151,82 +165,91 @@ def _submit(engine: Engine, works: Sequence[Work]) -> None:
         engine.submit(*works)
     except Problem as problem:
         for work in works:
-            work.listener(Failed(problem))
+            if isinstance(work, Feeds) and work.cost > 1:
+                for one in work.asked:
+                    _submit(engine, (Feeds(show_together, (one,)),))
+            else:
+                work.refused(problem)
 
 
 class Feeding(Ending):
     """A feed that has begun; it keeps its session's turn until it has ended, whoever waits for it."""
 
-    __slots__ = ("_arrivals", "_place", "inputs", "model", "shown", "work")
+    __slots__ = ("_place", "at", "dropped", "entries", "inputs", "model", "shown", "work")
 
-    def __init__(self, model: Model, inputs: Inputs, place: Place, arrivals: "Arrivals") -> None:
+    def __init__(self, model: Model, inputs: Inputs, place: Place, at: Head | NewSession, entries: Array) -> None:
         super().__init__()
         self.model = model
         self.inputs = inputs
+        self.at = at
+        self.entries = entries
         self.shown: list[dict[str, Any]] | None = None
-        self.work: Feed | None = None
+        self.work: Work | None = None
+        self.dropped = False
         self._place = place
-        self._arrivals = arrivals
 
     def __call__(self, event: Event) -> None:
-        """Take the event, give the turn to the next; who waits is told when all that came together can be shown."""
+        """Take the event, give the turn to the next."""
         self.work = None  # it holds this listener and its session's arrays: a cycle would keep them
         self._place.leave()
-        self._arrivals.add(self, event)
+        self.settle(event)
 
     async def outcome(self) -> Fed:
         """What was fed; raises Problem, or Race when somebody else was first."""
-        works = (self.work,) if self.work is not None else ()
-        done = (await _ends(self.model.engine, works, (self,)))[0]
+        try:
+            event = await self.wait()
+        except asyncio.CancelledError:
+            self.drop()
+            await self.wait()
+            raise
+        done = _done(event)
         return Fed(self.model, done, head_of(done), self.shown)
 
     def drop(self) -> None:
         """Feed nothing if that is still possible: nobody waits for it."""
+        self.dropped = True
         if self.work is not None:
-            self.work.stop = "suspend"
+            self.work.drop()
             self.model.engine.wake()
 
 
-class Arrivals:
-    """Feeds that have ended in one tick: their predictions are worked out together, which costs a tenth."""
-
-    def __init__(self) -> None:
-        self._arrived: list[tuple[Feeding, Event]] = []
-        self.more = False
-        """whether further events of the same tick are about to come"""
-
-    def add(self, feeding: Feeding, event: Event) -> None:
-        """Take the end of a feed; those that come in the same turn of the event loop are one group."""
-        if not self._arrived and not self.more:
-            asyncio.get_running_loop().call_soon(self.pass_on)
-        self._arrived.append((feeding, event))
-
-    def pass_on(self) -> None:
-        """Tell those who wait; called as soon as a tick's events have all been taken."""
-        arrived, self._arrived = self._arrived, []
+def show_together(event: Event) -> None:
+    """Take feeds that were committed in one tick: their predictions are worked out together, which costs a tenth."""
+    assert isinstance(event, Column)
+    feedings = cast(Sequence[Feeding], event.listeners)
+    alike: dict[int, list[int]] = {}
+    if sum(array[0].size for array in event.outputs.values()) <= SHOWN_TOGETHER:
+        for i, feeding in enumerate(feedings):
+            if feeding.inputs.shown != "none":
+                alike.setdefault(feeding.inputs.alternatives, []).append(i)
+    for alternatives, chosen in alike.items():
         try:
-            _show_together(arrived)
+            _show(event, feedings, chosen, alternatives)
         except Exception:
             log.exception("predictions_failed")  # each request tries for itself
-        for feeding, event in arrived:
-            feeding.settle(event)
+    for i, feeding in enumerate(feedings):
+        feeding(_done_at(event, i, feeding.shown is None))
 
 
-def _show_together(arrived: Sequence[tuple[Feeding, Event]]) -> None:
-    groups: dict[tuple[Codec, int], list[tuple[Feeding, Done]]] = {}
-    for feeding, event in arrived:
-        if isinstance(event, Done) and feeding.inputs.shown == "last" and _narrow(event):
-            alike = groups.setdefault((feeding.model.engine.codec, feeding.inputs.alternatives), [])
-            alike.append((feeding, event))
-    for (codec, alternatives), ended in groups.items():
-        ends = [End(done.outputs, done.before, done.entries, head_of(done).position) for _, done in ended]
-        for (feeding, _), one in zip(ended, codec.newest(ends, alternatives), strict=True):
-            feeding.shown = [one]
+def _show(column: Column, feedings: Sequence[Feeding], chosen: list[int], alternatives: int) -> None:
+    codec = feedings[0].model.engine.codec
+    outputs, before, entries = column.outputs, column.before, column.entries
+    if len(chosen) < len(feedings):
+        outputs = {name: array[chosen] for name, array in outputs.items()}
+        before = {name: array[chosen] for name, array in before.items()}
+        entries = entries[chosen]
+    positions = [column.heads[i].position for i in chosen]
+    for i, one in zip(chosen, codec.newest(outputs, positions, before, entries, alternatives), strict=True):
+        feedings[i].shown = [one]
 
 
-def _narrow(done: Done) -> bool:
-    """Whether the outputs are few numbers: many are shown one session after another."""
-    return sum(array.size for array in done.outputs.values()) <= SHOWN_TOGETHER
+def _done_at(column: Column, i: int, outputs: bool) -> Done:
+    """One place of a column, with the outputs if they are needed."""
+    head, entries, created = column.heads[i], column.entries[i : i + 1], column.created[i]
+    if not outputs:
+        return Done(head, entries=entries, created=created)
+    before = {name: array[i] for name, array in column.before.items()}
+    return Done(head, {name: array[i : i + 1] for name, array in column.outputs.items()}, before, (), entries, created)
 
 
 class Sessions:
@@ -241,7 +264,6 @@ class Sessions:
         self._turns: dict[Key, Turn] = {}
         self._runs: dict[Key, Run] = {}
         self._outbox = Outbox()
-        self._arrivals = Arrivals()
         self.draining = False
 
     # ------------------------------------------------------------------ reading
@@ -420,10 +442,13 @@ class Sessions:
             raise
 
     def _feed(self, place: Place, model: Model, at: Head | NewSession, entries: Array, inputs: Inputs) -> Feeding:
-        feeding = Feeding(model, inputs, place, self._arrivals)
-        kept = inputs.kept(model) if inputs.kept is not None else None
-        feeding.work = Feed(feeding, at, entries, inputs.shown != "all", kept)
-        self._outbox.put(model.engine, (feeding.work,))
+        feeding = Feeding(model, inputs, place, at, entries)
+        if len(entries) == 1 and inputs.kept is None:
+            self._outbox.step(model.engine, feeding)
+        else:
+            kept = inputs.kept(model) if inputs.kept is not None else None
+            feeding.work = Feed(feeding, at, entries, inputs.shown != "all", kept)
+            self._outbox.put(model.engine, (feeding.work,))
         return feeding
 
     async def _ready(self, at: Head | NewSession) -> Head | NewSession:
@@ -538,11 +563,8 @@ class Sessions:
 
     def deliver(self, events: Sequence[tuple[Listener, Event]]) -> None:
         """Take a tick's events, on the event loop."""
-        self._arrivals.more = True
         for listener, event in events:
             listener(event)
-        self._arrivals.more = False
-        self._arrivals.pass_on()
 
     async def sweep(self) -> None:
         """Expire and forget what is due, but nothing that has work under way."""

@@ -34,13 +34,28 @@ def initial_row(specs: Sequence[StateSpec]) -> Row:
 
 def stack(specs: Sequence[StateSpec], rows: Sequence[Row]) -> list[Array]:
     """Rows to one batch array a state tensor; inverse of `unstack`."""
-    return [np.stack([row[i] for row in rows], axis=spec.batch_axis) for i, spec in enumerate(specs)]
+    return [_stacked(spec, [row[i] for row in rows]) for i, spec in enumerate(specs)]
+
+
+def _stacked(spec: StateSpec, arrays: Sequence[Array]) -> Array:
+    # np.stack gives the GIL away once an array, and each time it has to be got back from a busy event loop.
+    if not all(array.flags.c_contiguous for array in arrays):
+        return np.stack(arrays, axis=spec.batch_axis)
+    joined = np.frombuffer(b"".join(array.data for array in arrays), arrays[0].dtype).reshape(
+        len(arrays), *arrays[0].shape
+    )
+    return np.ascontiguousarray(np.moveaxis(joined, 0, spec.batch_axis))
 
 
 def unstack(specs: Sequence[StateSpec], batch: Sequence[Array]) -> list[Row]:
     """Batch arrays to rows that share their memory; inverse of `stack`."""
     moved = [np.moveaxis(array, spec.batch_axis, 0) for spec, array in zip(specs, batch, strict=True)]
     return list(zip(*(list(array) for array in moved), strict=True))
+
+
+def kept(arrays: Sequence[Array]) -> list[Array]:
+    """Copies in memory of their own, none of which gives the GIL away as `copy` would."""
+    return [np.ndarray(array.shape, array.dtype, array.tobytes()) for array in arrays]
 
 
 def own(row: Row) -> Row:

@@ -6,7 +6,7 @@ An entry is one input of the network as the log keeps it: a symbol's id (int32) 
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +20,10 @@ Output = dict[str, Array]
 
 SORTED_WHOLE = 512
 """Symbols: more are not all sorted to find the most likely ones."""
+FEW = 16
+"""the most likely symbols are found one after another up to that many"""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-class End(NamedTuple):
-    """What a feed has left to be shown of its last position."""
-
-    outputs: Output
-    """[1, ...] by name"""
-    before: Output | None
-    entries: Array
-    position: int
 
 
 class Codec:
@@ -46,8 +38,8 @@ class Codec:
         self._target_features = [self._features.get(target.name) for target in manifest.targets]
         self.entry_shape = () if self.symbolic else (len(manifest.features),)
         judged = {"language-model": "logits", "forecaster": "quantiles" if manifest.quantiles else ""}
-        self._judged = judged.get(manifest.task, "")
-        """the output that says how unexpected an entry was"""
+        self.judged = judged.get(manifest.task, "")
+        """the output that says how unexpected an entry was, if there is one"""
         self.entry_dtype = np.dtype("<i4") if self.symbolic else np.dtype("<f4")
 
     # ------------------------------------------------------------------ inputs
@@ -135,6 +127,10 @@ class Codec:
             last = row
         return filled
 
+    def has_gaps(self, entries: Array) -> bool:
+        """Whether there is something to `fill`."""
+        return not self.symbolic and bool(np.isnan(entries).any())
+
     def start(self) -> Array:
         """The start symbol as entries [1]; raises `empty_session` when the model has none."""
         if self.manifest.start_symbol is None:
@@ -168,15 +164,14 @@ class Codec:
 
         `before` is the output at position first - 1: what the surprise of the first entry is measured against.
         """
-        expected = _shifted(outputs[self._judged], before[self._judged] if before else None) if self._judged else None
+        expected = _shifted(outputs[self.judged], before[self.judged] if before else None) if self.judged else None
         return self._predictions(outputs, expected, entries, range(first, first + len(entries)), alternatives)
 
-    def newest(self, ends: Sequence[End], alternatives: int) -> list[dict[str, Any]]:
-        """The same for the last positions of many sessions, worked out together."""
-        outputs = {name: np.concatenate([end.outputs[name] for end in ends]) for name in ends[0].outputs}
-        expected = np.concatenate([_expected(self._judged, end) for end in ends]) if self._judged else None
-        entries = np.concatenate([end.entries[-1:] for end in ends])
-        return self._predictions(outputs, expected, entries, [end.position for end in ends], alternatives)
+    def newest(
+        self, outputs: Output, positions: Sequence[int], before: Output, entries: Array, alternatives: int
+    ) -> list[dict[str, Any]]:
+        """The same for one position of each of many sessions; `before` [n, ...] is NaN where nothing was predicted."""
+        return self._predictions(outputs, before.get(self.judged), entries, positions, alternatives)
 
     def _predictions(
         self, outputs: Output, expected: Array | None, entries: Array, positions: Iterable[int], alternatives: int
@@ -298,6 +293,8 @@ def _character_table(manifest: Manifest) -> Array | None:
 
 def _most_likely(logprobs: Array, count: int) -> Array:
     """Ids of the `count` greatest of each row of [n, V], greatest first, equal ones by id."""
+    if count <= FEW and logprobs.size > SORTED_WHOLE:
+        return _greatest(logprobs.copy(), count)
     if logprobs.shape[1] <= SORTED_WHOLE:
         return np.asarray(np.argsort(-logprobs, axis=1, kind="stable")[:, :count])
     count = min(count, logprobs.shape[1])
@@ -309,9 +306,13 @@ def _most_likely(logprobs: Array, count: int) -> Array:
     return found
 
 
-def _expected(name: str, end: End) -> Array:
-    """What was predicted of the last position, [1, ...]; NaN where there was nothing."""
-    return end.before[name][None] if end.before is not None else np.full_like(end.outputs[name], np.nan)
+def _greatest(logprobs: Array, count: int) -> Array:
+    """The same, one after another: the first of equal ones is taken; `logprobs` is used up."""
+    found, rows = np.empty((len(logprobs), min(count, logprobs.shape[1])), np.int64), np.arange(len(logprobs))
+    for i in range(found.shape[1]):
+        found[:, i] = logprobs.argmax(axis=1)
+        logprobs[rows, found[:, i]] = -np.inf
+    return found
 
 
 def _shifted(output: Array, before: Array | None) -> Array:

@@ -176,9 +176,9 @@ class CountingRunner:
         self.manifest, self.numerics = runner.manifest, runner.numerics
         self.calls: list[tuple[int, int]] = []
 
-    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
-        self.calls.append((len(rows), len(chunks[0])))
-        return self._runner.run(chunks, rows)
+    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
+        self.calls.append((len(rows), len(entries)))
+        return self._runner.run(entries, rows)
 
     def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
         self.calls.append((len(rows), steps))
@@ -213,18 +213,18 @@ def test_no_batch_is_larger_than_allowed(rig: MakeRig) -> None:
 class Poisoned(CountingRunner):
     """Raises when a chunk holds the poison."""
 
-    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
-        if any((chunk == POISON).any() for chunk in chunks):
+    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
+        if (entries == POISON).any():
             raise RuntimeError("poison")
-        return super().run(chunks, rows)
+        return super().run(entries, rows)
 
 
 class NotFinite(CountingRunner):
     """Gives NaN for rows that hold the poison."""
 
-    def run(self, chunks: Sequence[Array], rows: Sequence[Row]) -> Folded:
-        folded = super().run(chunks, rows)
-        bad = [i for i, chunk in enumerate(chunks) if (chunk == POISON).any()]
+    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
+        folded = super().run(entries, rows)
+        bad = [i for i in range(len(rows)) if (entries[:, i] == POISON).any()]
         outputs = {name: array.copy() for name, array in folded.outputs.items()}
         for array in outputs.values():
             array[:, bad] = np.nan

@@ -44,7 +44,7 @@ def fold(runner: Runner, entries: Array, cuts: Sequence[int]) -> list[bytes]:
     row: Row = state.initial_row(runner.manifest.states)
     outputs: dict[str, list[Array]] = {}
     for begin, end in zip([0, *cuts], [*cuts, len(entries)], strict=True):
-        part = runner.run([entries[begin:end]], [row])
+        part = runner.run(entries[begin:end, None], [row])
         row = part.rows[0]
         for name, array in part.outputs.items():
             outputs.setdefault(name, []).append(array[:, 0])
@@ -68,8 +68,8 @@ def test_a_fold_does_not_depend_on_its_batch(name: str, models: Path, rows: int,
     assert runner.batches_exactly
     chunks = [entries_of(runner, 6, i) for i in range(rows)]
     zero = [state.initial_row(runner.manifest.states)] * rows
-    together, i = runner.run(chunks, zero), place % rows
-    assert bits(together, i) == bits(runner.run(chunks[i : i + 1], zero[:1]), 0)
+    together, i = runner.run(np.stack(chunks, axis=1), zero), place % rows
+    assert bits(together, i) == bits(runner.run(chunks[i][:, None], zero[:1]), 0)
 
 
 def test_a_model_whose_calls_take_long_gets_two_threads(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,10 +168,10 @@ def test_where_batches_round_otherwise_rows_run_alone(models: Path, monkeypatch:
     assert not runner.batches_exactly
     chunks = [entries_of(runner, 5, i) for i in range(4)]
     zero = [state.initial_row(runner.manifest.states)] * 4
-    together = runner.run(chunks, zero)
+    together = runner.run(np.stack(chunks, axis=1), zero)
     monkeypatch.undo()
     expected = runner_of(models, "tiny-letters")
-    assert all(bits(together, i) == bits(expected.run([chunks[i]], zero[:1]), 0) for i in range(4))
+    assert all(bits(together, i) == bits(expected.run(chunks[i][:, None], zero[:1]), 0) for i in range(4))
     assert runner.numerics == expected.numerics
 
 
@@ -190,7 +190,7 @@ def test_a_roll_out_is_what_single_steps_give(models: Path, exactly: bool) -> No
     for i in range(3):
         entries, row = np.array([i + 1]), rows[0]
         for step in range(6):
-            folded = runner.run([entries], [row])
+            folded = runner.run(entries[:, None], [row])
             entries, row = folded.outputs["logits"][0].argmax(axis=1), folded.rows[0]
             assert entries == drawn[step][i]
         assert state.equal(row, rolled.rows[i])
@@ -211,7 +211,7 @@ def test_other_bits_have_another_name(models: Path, monkeypatch: pytest.MonkeyPa
 def test_rows_of_a_fold_share_no_memory(models: Path) -> None:
     runner = runner_of(models, "tiny-letters")
     zero = [state.initial_row(runner.manifest.states)] * 2
-    folded = runner.run([entries_of(runner, 3, 1), entries_of(runner, 3, 2)], zero)
+    folded = runner.run(np.stack([entries_of(runner, 3, 1), entries_of(runner, 3, 2)], axis=1), zero)
     before = bits(folded, 1)
     for array in folded.rows[0]:
         array[...] = 9

@@ -15,6 +15,7 @@ class Row:
     remaining: int
     last_tick: int = 0
     draws: bool = False
+    width: int = 1
 
     @property
     def steps(self) -> int:

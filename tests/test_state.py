@@ -58,7 +58,7 @@ def test_stacked_rows_come_back(seeds: list[int]) -> None:
 
 
 def test_a_row_can_own_its_memory() -> None:
-    batch = state.stack(SPECS, [random_row(1), random_row(2)])
+    batch = [array.copy() for array in state.stack(SPECS, [random_row(1), random_row(2)])]
     rows = [state.own(row) for row in state.unstack(SPECS, batch)]
     for array in batch:
         array[...] = 0

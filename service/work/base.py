@@ -6,7 +6,7 @@ where something shall be kept. All methods run on the engine's thread; events re
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -15,9 +15,21 @@ import numpy as np
 
 from service import state
 from service.bundle import Manifest
-from service.errors import not_ready
+from service.errors import Problem, not_ready
 from service.state import Array, Row
-from service.store.base import Commit, Fence, Head, Key, Line, Segment, Snapshot, home, surplus
+from service.store.base import (
+    Applied,
+    Commit,
+    Fence,
+    Head,
+    Key,
+    Line,
+    Result,
+    Segment,
+    Snapshot,
+    home,
+    surplus,
+)
 from service.tasks import Codec, Output
 from service.work.events import Event, Failed, Listener, LostRace
 
@@ -109,6 +121,10 @@ class Host(Protocol):
     def keeping(self) -> Keeping:
         """How much of a session's past is kept."""
 
+    @property
+    def initial_row(self) -> Row:
+        """The state at position 0."""
+
     def resident(self, known: Head) -> Resident:
         """A session that stands at `known` or, by this process's own commits, further on."""
 
@@ -140,7 +156,9 @@ class Work:
     def __init__(self, listener: Listener, cost: int) -> None:
         self.listener = listener
         self.cost = max(cost, 1)
-        self.events: list[Event] = []
+        self.events: list[tuple[Listener, Event]] = []
+        self.strays: list[Work] = []
+        """work that goes on by itself; the engine begins it"""
         self.finished = False
         self.stop: Literal["suspend", "cancel"] | None = None
         """set from the event loop: nobody waits any more, or somebody wants an end"""
@@ -165,13 +183,45 @@ class Work:
         """Whether each step draws the entry of the next one."""
         return False
 
+    @property
+    def width(self) -> int:
+        """How many sessions it is."""
+        return 1
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """The states that the next entries are folded into, one a session."""
+        return (self.row,)
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        """The sessions that it may change."""
+        return ()
+
     def begin(self, host: Host) -> None:
         """Take the state to start from; raises Problem when the work can not be done."""
         raise NotImplementedError
 
-    def chunk(self, steps: int) -> Array:
-        """The next entries to fold."""
-        return np.asarray(self.entries[self.cursor : self.cursor + steps])
+    def block(self, steps: int) -> Array:
+        """The next entries to fold, [steps, width, ...]."""
+        return np.asarray(self.entries[self.cursor : self.cursor + steps, None])
+
+    def take(self, outputs: Output, rows: Sequence[Row], finite: bool) -> int:
+        """Take what a call gave: outputs [steps, width, ...] by name and the states after it; returns how many failed.
+
+        `finite`: no number of the call is not finite.
+        """
+        own = {name: state.owned(np.ascontiguousarray(array[:, 0])) for name, array in outputs.items()}
+        if finite or (all_finite(own) and state.finite(rows[0])):
+            self.folded(own, rows[0])
+            return 0
+        self.end(Failed(self.fault))
+        return 1
+
+    @property
+    def fault(self) -> Problem:
+        """What is answered when a number is not finite."""
+        return numeric_fault()
 
     def folded(self, outputs: Output, row: Row) -> None:
         """Take what a chunk gave: outputs [steps, ...] by name, and the state after it."""
@@ -183,9 +233,25 @@ class Work:
     def keep(self, outputs: Output) -> None:
         """Keep of a chunk's outputs what the answer needs."""
 
+    def commits(self) -> Sequence[Commit]:
+        """What shall be kept now."""
+        commit = self.commit()
+        return (commit,) if commit is not None else ()
+
     def commit(self) -> Commit | None:
         """What shall be kept now, if anything."""
         return None
+
+    def settled(self, results: Sequence[Result | Problem]) -> Iterable[tuple[Key, Resident | None]]:
+        """Take what became of the commits; gives the sessions as they are in memory now (None: not any more)."""
+        (result,) = results
+        if isinstance(result, Applied):
+            return ((result.head.key, self.applied(result.head)),)
+        if isinstance(result, Problem):
+            self.end(Failed(result))
+        else:
+            self.lost(result.head)
+        return [(key, None) for key in self.keys]
 
     def applied(self, head: Head) -> Resident:
         """The commit holds; returns the session as it is in memory now."""
@@ -202,9 +268,25 @@ class Work:
         """Called instead of folding when `stop` is set."""
         self.end(Failed(not_ready("the work was dropped")))
 
+    def drop(self) -> None:
+        """Nobody waits for it any more; called on the event loop."""
+        self.stop = "suspend"
+
+    def refused(self, problem: Problem) -> None:
+        """The engine does not take it; called on the event loop."""
+        self.listener(Failed(problem))
+
+    def failed(self) -> None:
+        """The model could not be run on it, not even alone."""
+        self.end(Failed(Problem("internal", "the model could not be run on these inputs")))
+
+    def tell(self, event: Event) -> None:
+        """Send an event to the listener with the tick's end."""
+        self.events.append((self.listener, event))
+
     def end(self, event: Event) -> None:
         """The last event."""
-        self.events.append(event)
+        self.tell(event)
         self.finished = True
 
 
@@ -215,12 +297,22 @@ class SessionWork(Work):
         super().__init__(listener, cost)
         self.key = at.key
         self.new = at if isinstance(at, NewSession) else None
-        self._known = at if isinstance(at, Head) else None
+        self._begins_at = at
         self._noted: dict[int, Row] = {}
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        """The session."""
+        return (self.key,)
+
+    @property
+    def fault(self) -> Problem:
+        """What is answered when a number is not finite."""
+        return numeric_fault(self.base.head)
 
     def open(self, host: Host) -> Resident:
         """Load the session, or make a new one at position 0."""
-        return self.start(host, self._fresh(host, self.new) if self._known is None else host.resident(self._known))
+        return self.start(host, begun(host, self._begins_at))
 
     def start(self, host: Host, base: Resident) -> Resident:
         """Begin on a session in memory: its tail is to be folded first."""
@@ -231,11 +323,6 @@ class SessionWork(Work):
         self._snapshot_at = base.snapshot_at
         self._behind = base.behind
         return base
-
-    def _fresh(self, host: Host, new: NewSession | None) -> Resident:
-        assert new is not None
-        head = new_head(new, host.manifest, host.next_epoch(new.key))
-        return Resident(head, state.initial_row(host.manifest.states), 0, host.codec.none(), None, None, 0)
 
     @property
     def steps(self) -> int:
@@ -324,6 +411,27 @@ class SessionWork(Work):
     def lost(self, head: Head | None) -> None:
         """The commit was refused: the session stands at `head`."""
         self.end(LostRace(head))
+
+
+def begun(host: Host, at: Head | NewSession) -> Resident:
+    """A session in memory; a new one stands at position 0 and lives once it is committed."""
+    if isinstance(at, Head):
+        return host.resident(at)
+    head = new_head(at, host.manifest, host.next_epoch(at.key))
+    return Resident(head, host.initial_row, 0, host.codec.none(), None, None, 0)
+
+
+def all_finite(outputs: Output) -> bool:
+    """Whether every number of the outputs is finite."""
+    return all(bool(np.isfinite(array).all()) for array in outputs.values())
+
+
+def numeric_fault(at: Head | None = None) -> Problem:
+    """What is answered when a number is not finite; `at`: where the session stays."""
+    detail = "the model produced a number that is not finite; the session stays where it was"
+    if at is None:
+        return Problem("numeric_fault", detail)
+    return Problem("numeric_fault", detail, last_good_position=at.position)
 
 
 def length_of(outputs: Output) -> int:

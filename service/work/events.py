@@ -1,6 +1,6 @@
 """What becomes of a piece of work: the events that reach its listener on the event loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,5 +96,19 @@ class Suspended:
     head: Head | None
 
 
-Event = Done | Tokens | Failed | LostRace | Suspended
+class Column(msgspec.Struct, frozen=True):
+    """Feeds of one entry that were committed in one tick, a place in each column for each."""
+
+    listeners: Sequence["Listener"]
+    heads: Sequence[Head]
+    created: Sequence[bool]
+    entries: Array
+    """[n, ...]"""
+    outputs: Output
+    """[n, ...] by name"""
+    before: Output
+    """the outputs at the positions before, NaN where there were none; those that a prediction is judged by"""
+
+
+Event = Column | Done | Tokens | Failed | LostRace | Suspended
 Listener = Callable[[Event], None]

@@ -206,7 +206,7 @@ class Generate(SessionWork):
         if len(self._drawn):
             shown = self._alternatives[: len(self._drawn)] if self.alternatives else None
             first = self._position - len(self._drawn) + 1
-            self.events.append(Tokens(first, self._drawn.tolist(), self._logprobs, self._texts, shown))
+            self.tell(Tokens(first, self._drawn.tolist(), self._logprobs, self._texts, shown))
             if shown is not None and self.generation.key:
                 self._shown += shown
             self._forget_drawn()
