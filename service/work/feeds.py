@@ -80,7 +80,7 @@ class Feeds(Work):
         host = self._host
         try:
             base = begun(host, one.at)
-        except Exception:  # noqa: BLE001 (it meets the same on its own, and is told)
+        except Exception:
             return None
         due = base.folded - base.snapshot_at >= host.keeping.snapshot_every
         return None if due or len(base.tail) or host.codec.has_gaps(one.entries) else base
