@@ -1,12 +1,15 @@
 """The engine: one thread a model version; one tick advances many sessions.
 
 schedule -> fold or roll out -> commit -> reply. Rows enter and leave between ticks; a reply leaves after its commit.
+Large folds are begun ahead: the commit and the replies of one are made while the graph runs for the next.
 """
 
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TypeVar, cast
 
@@ -16,7 +19,7 @@ import structlog
 
 from service import metrics, state
 from service.errors import Problem, not_ready, overloaded
-from service.runner import Runner
+from service.runner import Begun, Runner
 from service.sampling import Sampler
 from service.scheduler import Batch, Scheduler
 from service.state import Array, Row
@@ -44,7 +47,9 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 AHEAD_ROWS = 32
-"""from here on beginning the next roll-out early saves more than handing it to another thread costs"""
+"""from here on beginning the next call early saves more than handing it to another thread costs"""
+MAX_AHEAD = 2
+"""folds that are under way at once"""
 
 Post = Callable[[list[tuple[Listener, Event]]], None]
 """Takes a tick's events to the event loop; called on the engine's thread."""
@@ -56,6 +61,16 @@ class LogDamaged(Exception):
     def __init__(self, head: Head) -> None:
         super().__init__("the log does not hold what its head says")
         self.head = head
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A fold that was begun before the one before it was committed."""
+
+    batch: Batch[Work]
+    works: list[Work]
+    """those of its rows that are folded"""
+    begun: Begun
 
 
 class Engine:
@@ -91,6 +106,7 @@ class Engine:
         self._arrived = threading.Condition()
         self._inbox: deque[Work] = deque()
         self._unscheduled: list[Work] = []
+        self._ahead: deque[Ahead] = deque()
         self._queued_steps = 0
         self._stopping = False
         labels = (self.manifest.name, str(self.manifest.version))
@@ -147,14 +163,19 @@ class Engine:
     def _admit(self) -> bool:
         """Begin what has arrived; wait while there is nothing to do. False: stop."""
         with self._arrived:
-            while not (self._inbox or self._unscheduled or len(self._scheduler)):
-                if self._stopping:
+            while not self._something_to_do():
+                if self._stopping and not self._ahead:
                     return False
                 self._arrived.wait()
             arrived, self._inbox = self._inbox, deque()
         for work in arrived:
             self._begin(work)
         return True
+
+    def _something_to_do(self) -> bool:
+        if self._inbox or self._unscheduled or (self._ahead and self._ahead[0].begun.done()):
+            return True
+        return self._scheduler.waiting >= (AHEAD_ROWS if self._ahead else 1) and len(self._ahead) < MAX_AHEAD
 
     def _begin(self, work: Work) -> None:
         self._try(work, lambda: work.begin(self))
@@ -201,14 +222,55 @@ class Engine:
             self._unscheduled.append(work)
 
     def _tick(self) -> None:
-        batch = self._scheduler.next()
+        if self._ahead and self._ahead[0].begun.done():
+            self._land()
         works, self._unscheduled = self._unscheduled, []
-        if batch is not None:
-            works += batch.rows
+        batch = self._next_batch()
+        if batch is None:
+            self._finish(works)
+        elif batch.draws or batch.width < AHEAD_ROWS:
+            self._finish([*works, *batch.rows], batch)
+        else:
+            self._finish(works)
+            self._begin_ahead(batch)
+
+    def _next_batch(self) -> Batch[Work] | None:
+        """What is to be run now: beside what is under way only another large fold."""
+        if not self._ahead:
+            return self._scheduler.next()
+        if len(self._ahead) == MAX_AHEAD or self._scheduler.waiting < AHEAD_ROWS:
+            return None
+        batch = self._scheduler.next()
+        if batch is not None and (batch.draws or batch.width < AHEAD_ROWS):
+            while self._ahead:
+                self._land()
+        return batch
+
+    def _begin_ahead(self, batch: Batch[Work]) -> None:
+        """Begin a large fold in another thread."""
+        self._halt(batch.rows)
+        works = [work for work in batch.rows if not (work.halted or work.finished)]
+        if works:
+            begun = self._runner.begin(*_call_of(works, batch.steps))
+            begun.add_done_callback(lambda _: self.wake())
+            self._ahead.append(Ahead(batch, works, begun))
+        else:
+            self._finish(batch.rows)
+
+    def _land(self) -> None:
+        """Take what the oldest fold that was begun ahead has given, commit it and answer."""
+        ahead = self._ahead.popleft()
+        self._finish(ahead.batch.rows, ahead.batch, ahead)
+
+    def _finish(self, works: list[Work], batch: Batch[Work] | None = None, ahead: "Ahead | None" = None) -> None:
+        """Run a batch, or take what was run ahead; then commit and answer."""
+        if not works:
+            return
         try:
-            self._halt(works)
+            if ahead is None:
+                self._halt(works)
             if batch is not None:
-                self._step(batch)
+                self._step(batch, ahead)
             self._commit(works)
             self._advance(works)
         except Exception:
@@ -232,41 +294,42 @@ class Engine:
 
     # ------------------------------------------------------------------ fold and draw
 
-    def _step(self, batch: Batch[Work]) -> None:
-        works = [work for work in batch.rows if not (work.halted or work.finished)]
+    def _step(self, batch: Batch[Work], ahead: "Ahead | None") -> None:
+        works = ahead.works if ahead else [work for work in batch.rows if not (work.halted or work.finished)]
         if not works:
             return
-        started = perf_counter()
-        self._together(self._roll if batch.draws else self._fold, works, batch.steps)
-        seconds, width = perf_counter() - started, sum(work.width for work in works)
+        act = self._roll if batch.draws else partial(self._fold, begun=ahead.begun) if ahead else self._fold
+        seconds = self._together(act, works, batch.steps)
+        width = sum(work.width for work in works)
         self._scheduler.pace.took(batch.draws, width, batch.steps, seconds)
         self._run_seconds.observe(seconds)
         self._batch_rows.observe(width)
         self._steps.inc(batch.steps * width)
 
-    def _together(self, act: Callable[[list[Work], int], None], works: list[Work], steps: int) -> None:
-        """All rows at once; after a failure each once alone, so that one bad row harms no other."""
+    def _together(self, act: Callable[[list[Work], int], float], works: list[Work], steps: int) -> float:
+        """All rows at once; after a failure each once alone, so that one bad row harms no other. Gives the seconds."""
         try:
-            act(works, steps)
+            return act(works, steps)
         except Exception:
             log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=steps)
             if len(works) == 1:
                 works[0].failed()
-                return
-            for work in works:
-                self._together(act, [work], steps)
+                return 0.0
+            alone = self._roll if works[0].draws else self._fold
+            return sum(self._together(alone, [work], steps) for work in works)
 
-    def _fold(self, works: list[Work], steps: int) -> None:
-        entries = np.concatenate([work.block(steps) for work in works], axis=1)
-        folded = self._runner.run(entries, [row for work in works for row in work.rows])
+    def _fold(self, works: list[Work], steps: int, begun: Begun | None = None) -> float:
+        folded = self._runner.end(begun) if begun is not None else self._runner.run(*_call_of(works, steps))
         end = 0
         for work in works:
             begin, end = end, end + work.width
             outputs = {name: array[:, begin:end] for name, array in folded.outputs.items()}
             self._faults.inc(work.take(outputs, folded.rows[begin:end], folded.finite))
+        return folded.seconds
 
-    def _roll(self, works: list[Work], steps: int) -> None:
+    def _roll(self, works: list[Work], steps: int) -> float:
         """Fold the last entry of each, draw the next from what comes out, and so on."""
+        began = perf_counter()
         rolling = cast(list[Generate], works)
         showing = [(i, work) for i, work in enumerate(rolling) if work.alternatives]
         for _, work in showing:
@@ -287,11 +350,12 @@ class Engine:
         folded = self._runner.roll(entries, [work.row for work in works], steps, draw, ahead)
         if not folded.finite:
             self._roll_with_care(works, steps)
-            return
+            return perf_counter() - began
         drawn, chances = tokens.T.astype(self.codec.entry_dtype, order="C"), np.ascontiguousarray(logprobs.T)
         for i, work in enumerate(rolling):
             outputs = {name: array[0, i] for name, array in folded.outputs.items()}
             self._tokens.inc(work.rolled(drawn[i], chances[i], outputs, folded.rows[i]))
+        return perf_counter() - began
 
     def _roll_with_care(self, works: list[Work], steps: int) -> None:
         """After a number that is not finite: each row alone and step by step, up to the last good token."""
@@ -376,6 +440,8 @@ class Engine:
         """A session that stands at `known` or, by this process's own commits, further on."""
         self._drop_if_the_store_restarted()
         held = self._residents.get(known.key)
+        if held is not None and held.head is known:
+            return held
         if held is None or not _leads_to(known, held.head):
             held = self._load(known)
         elif held.head.position == known.position:
@@ -458,6 +524,12 @@ class Engine:
             with suppress(StoreError):  # without it the next wake-up takes a little longer
                 branch = home(self.line(resident.head.branch), resident.head.branch, position)
                 self._parking.append(Snapshot(branch, position, self.numerics, data, self.manifest.graph_sha256))
+
+
+def _call_of(works: Sequence[Work], steps: int) -> tuple[Array, list[Row]]:
+    """What the graph is called with: entries [steps, rows, ...] and the rows' states."""
+    entries = np.concatenate([work.block(steps) for work in works], axis=1)
+    return entries, [row for work in works for row in work.rows]
 
 
 def _nobody(event: Event) -> None:

@@ -29,8 +29,10 @@ _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64
 TRIAL_ROWS, TRIALS = 16, 7
 LONG_S = 0.0003
 
-Call = Future[tuple[list[Array], list[Array]]]
-"""Outputs and next states, when they are there"""
+Called = tuple[list[Array], list[Array]]
+"""Outputs and next states"""
+Begun = Future[tuple[list[Array], list[Array], float]]
+"""A call that is under way in another thread"""
 Draw = Callable[[int, dict[str, Array]], Array]
 """From the number of the step and its outputs [B, ...] by name to the next entries [B]"""
 
@@ -45,6 +47,8 @@ class Folded:
     rows: list[Row]
     finite: bool = True
     """whether every number of outputs and states is finite; if not, some rows' are not"""
+    seconds: float = 0.0
+    """in the graph"""
 
 
 class Runner:
@@ -66,9 +70,23 @@ class Runner:
 
     def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows."""
-        outputs, states = self._call(entries, self._folding.states_of(rows))
+        return self._folded(*self._timed(entries, self._folding.states_of(rows)))
+
+    def begin(self, entries: Array, rows: Sequence[Row]) -> Begun:
+        """Begin the same in another thread; what is begun is run one after another."""
+        return self._beside.submit(self._timed, entries, self._folding.states_of(rows))
+
+    def end(self, begun: Begun) -> Folded:
+        """Wait for what was begun."""
+        return self._folded(*begun.result())
+
+    def _timed(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array], float]:
+        began = perf_counter()
+        return *self._call(entries, states), perf_counter() - began
+
+    def _folded(self, outputs: list[Array], states: list[Array], seconds: float) -> Folded:
         finite = all(bool(np.isfinite(array).all()) for array in (*outputs, *states))
-        return Folded(self._named(outputs), self._folding.take(states), finite)
+        return Folded(self._named(outputs), self._folding.take(states), finite, seconds)
 
     def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
         """Fold `entries` [B], one a row, and then those that are drawn; `outputs` are those of the last step.
@@ -108,7 +126,7 @@ class Runner:
     def _named(self, outputs: list[Array]) -> dict[str, Array]:
         return dict(zip(self._names, outputs, strict=True))
 
-    def _call(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array]]:
+    def _call(self, entries: Array, states: list[Array]) -> Called:
         """(outputs, next states) of one call, or of one a row where rows change each other's bits."""
         if self.batches_exactly or entries.shape[1] == 1:
             return self._run(entries, states)
@@ -121,7 +139,7 @@ class Runner:
         after = zip(zip(*(one[1] for one in alone), strict=True), axes, strict=True)
         return outputs, [np.concatenate(parts, axis=axis) for parts, axis in after]
 
-    def _run(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array]]:
+    def _run(self, entries: Array, states: list[Array]) -> Called:
         feed = {self._input.name: entries.astype(self._input.dtype, copy=False)}
         feed.update(zip(self._fed, states, strict=True))
         fetched = self._session.run(self._fetch, feed)
@@ -136,13 +154,13 @@ class _Last:
         self._rows: list[Row] = []
         self._states: list[Array] = []
         self._entries: Array | None = None
-        self._early: Call | None = None
+        self._early: Future[Called] | None = None
 
     def states_of(self, rows: Sequence[Row]) -> list[Array]:
         """The rows' states as a batch."""
         return self._states if self._is(rows) else state.stack(self._specs, rows)
 
-    def early(self, rows: Sequence[Row], entries: Array) -> Call | None:
+    def early(self, rows: Sequence[Row], entries: Array) -> Future[Called] | None:
         """The call that was begun with these rows and entries, if there is one."""
         early, self._early = self._early, None
         same = early is not None and self._is(rows) and bool((entries == self._entries).all())
@@ -153,7 +171,7 @@ class _Last:
         self._states, self._rows, self._early = states, state.unstack(self._specs, states), None
         return list(self._rows)
 
-    def begin(self, entries: Array, early: Call) -> None:
+    def begin(self, entries: Array, early: Future[Called]) -> None:
         """Note a call that was begun with the rows that were just taken."""
         self._entries, self._early = entries, early
 

@@ -59,7 +59,9 @@ class Pace:
         self._seconds: dict[tuple[bool, int], float] = {}
 
     def took(self, draws: bool, rows: int, steps: int, seconds: float) -> None:
-        """Learn from a tick."""
+        """Learn from a tick; 0 seconds: it failed, and says nothing."""
+        if not seconds:
+            return
         kind = (draws, rows.bit_length())
         known = self._seconds.get(kind, seconds / steps)
         self._seconds[kind] = known + _NEWEST * (seconds / steps - known)
@@ -81,6 +83,8 @@ class Scheduler(Generic[R]):
         self._max_steps = max_steps
         self._queues: dict[tuple[bool, int], deque[tuple[int, R]]] = {}
         self._arrivals = 0
+        self.waiting = 0
+        """sessions"""
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -88,6 +92,7 @@ class Scheduler(Generic[R]):
     def add(self, row: R) -> None:
         """Put a row behind those that wait."""
         self._arrivals += 1
+        self.waiting += row.width
         most = MAX_DRAWN if row.draws else self._max_steps
         kind = (row.draws, _power_of_two(min(row.steps, most)))
         queue = self._queues.get(kind)
@@ -107,6 +112,7 @@ class Scheduler(Generic[R]):
         while queue and width + queue[0][1].width <= self._max_batch:
             rows.append(queue.popleft()[1])
             width += rows[-1].width
+        self.waiting -= width
         return Batch(rows, min(steps, self.pace.most(draws, width)), draws, width)
 
 

@@ -8,7 +8,6 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
@@ -53,8 +52,7 @@ def new_seed() -> int:
     return _random.randrange(MAX_SEED + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(msgspec.Struct, frozen=True):
     """What a request says of the session it means: how to create it, and where it is believed to stand."""
 
     model: str | None = None
@@ -65,8 +63,7 @@ class Opening:
     metadata: Mapping[str, object] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Inputs(msgspec.Struct, frozen=True):
     """A sequence to feed, and what its answer shows."""
 
     given: object
@@ -76,13 +73,14 @@ class Inputs:
 
     def check(self, model: Model, steps: int) -> None:
         """Raise Problem when the answer would be too large."""
+        if steps == 1 or self.shown != "all":
+            return
         most = model.most_steps(self.alternatives)
-        if (steps if self.shown == "all" else 1) > most:
+        if steps > most:
             raise invalid(f"at most {most} predictions a request with these alternatives", "/predictions")
 
 
-@dataclass(frozen=True, slots=True)
-class Fed:
+class Fed(msgspec.Struct, frozen=True):
     """The outcome of a feed: the model, and what the engine answered."""
 
     model: Model
@@ -194,16 +192,22 @@ class Feeding(Ending):
         self._place.leave()
         self.settle(event)
 
-    async def outcome(self) -> Fed:
-        """What was fed; raises Problem, or Race when somebody else was first."""
-        try:
-            event = await self.wait()
-        except asyncio.CancelledError:
-            self.drop()
-            await self.wait()
-            raise
-        done = _done(event)
+    def result(self) -> Fed:
+        """What was fed, once it has ended; raises Problem, or Race when somebody else was first."""
+        assert self._event is not None
+        done = _done(self._event)
         return Fed(self.model, done, head_of(done), self.shown)
+
+    async def outcome(self) -> Fed:
+        """What was fed, when it has ended."""
+        if self._event is None:
+            try:
+                await self.wait()
+            except asyncio.CancelledError:
+                self.drop()
+                await self.wait()
+                raise
+        return self.result()
 
     def drop(self) -> None:
         """Feed nothing if that is still possible: nobody waits for it."""

@@ -127,9 +127,9 @@ class Codec:
             last = row
         return filled
 
-    def has_gaps(self, entries: Array) -> bool:
-        """Whether there is something to `fill`."""
-        return not self.symbolic and bool(np.isnan(entries).any())
+    def gaps(self, entries: Array) -> list[bool]:
+        """Where there is something to `fill`, one an entry."""
+        return [False] * len(entries) if self.symbolic else [bool(np.isnan(entry).any()) for entry in entries]
 
     def start(self) -> Array:
         """The start symbol as entries [1]; raises `empty_session` when the model has none."""

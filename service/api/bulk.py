@@ -1,11 +1,11 @@
 """Many sessions in one request: lines of JSON in, as many lines out, in the same order.
 
-A line that names a session which no other line names is begun without a task of its own, and a slice of lines is
-one call of the engine. Lines of one session, and those with a key, take a task each: they wait for the one before.
+A line is begun without a task of its own, unless it has to wait for its session or has a key, and a slice of lines is
+one call of the engine. Of the lines of one session each begins when the one before it has been answered.
 """
 
 import asyncio
-from collections import Counter
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ from service.api.requests import (
     sessions_of,
 )
 from service.api.responses import BODY_ERRORS, described
-from service.api.sessions import StepsBody, feed_of, kept_answer, written
+from service.api.sessions import StepsBody, answer_line, feed_of, is_long, kept_answer, written
 from service.errors import ClientLeft, Problem
 from service.history import History
 from service.run import Race
@@ -74,7 +74,7 @@ REQUEST: dict[str, Any] = {
 class Line:
     """A line of the request, and what becomes of it."""
 
-    __slots__ = ("body", "feeding", "number", "problem", "session", "task")
+    __slots__ = ("answered", "body", "feeding", "number", "problem", "session", "task", "then")
 
     def __init__(self, number: int, raw: bytes) -> None:
         self.number = number
@@ -82,6 +82,9 @@ class Line:
         self.problem: Problem | None = None
         self.feeding: Feeding | None = None
         self.task: asyncio.Task[bytes] | None = None
+        self.answered = False
+        self.then: Line | None = None
+        """the next one of the same session, which waits for this one"""
         try:
             self.body = BulkLine.model_validate_json(raw)
             self.session: str | None = self.body.session
@@ -92,9 +95,9 @@ class Line:
     @property
     def ready(self) -> bool:
         """Whether its answer can be had without waiting."""
-        if self.task is not None:
-            return self.task.done()
-        return self.feeding is None or self.feeding.ended
+        if self.feeding is not None:
+            return self.feeding.ended
+        return self.task.done() if self.task is not None else self.problem is not None
 
     def refusal(self) -> bytes:
         """What is answered when it was not fed."""
@@ -115,48 +118,50 @@ def _session_in(raw: bytes) -> str | None:
 class Bulk:
     """The lines of one request on their way through the engine."""
 
-    def __init__(self, sessions: Sessions, history: History, key: str | None) -> None:
+    def __init__(self, sessions: Sessions, history: History, key: str | None, body: bytes) -> None:
         self._sessions = sessions
         self._history = history
         self._key = key
-        self._lines: list[Line] = []
-        self._named: Counter[str | None] = Counter()
-        """how many lines name a session"""
-        self._before: dict[str | None, Line] = {}
-        """the newest line of a session that has been begun"""
-
-    async def read(self, body: bytes) -> None:
-        """Take the request's lines; empty ones do not count."""
-        for raw in body.split(b"\n"):
-            if raw and not raw.isspace():
-                line = Line(len(self._lines), raw)
-                self._lines.append(line)
-                self._named[line.session] += 1
-                if len(self._lines) % SLICE == 0:
-                    await asyncio.sleep(0)
+        self._raw = [raw for raw in body.split(b"\n") if raw and not raw.isspace()]
+        self._begun: deque[Line] = deque()
+        """lines that are not answered yet, in order"""
+        self._newest: dict[str, Line] = {}
+        """the newest line of each session"""
+        self._parts = bytearray()
 
     async def write(self, send: Send) -> None:
         """Run the lines, and send their answers in order: those that are there together in one part."""
-        begun, parts = 0, bytearray()
-        for line in self._lines:
-            while begun < min(line.number + WINDOW, len(self._lines)):
-                self._begin(self._lines[begun])
-                begun += 1
-                if begun % SLICE == 0:
-                    await asyncio.sleep(0)
-            if parts and (len(parts) >= PART_BYTES or not line.ready):
-                await send({"type": "http.response.body", "body": bytes(parts), "more_body": True})
-                parts.clear()
-            parts += await self._answer(line)
-            line.feeding = line.task = None
-        await send({"type": "http.response.body", "body": bytes(parts), "more_body": False})
+        for number, raw in enumerate(self._raw):
+            self._begin(Line(number, raw))
+            if number % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
+                await self._answer_until(WINDOW - SLICE, send)
+        await self._answer_until(0, send)
+        await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": False})
+
+    async def _answer_until(self, most: int, send: Send) -> None:
+        """Answer the lines that can be answered at once, and others until no more than `most` are under way."""
+        while self._begun and (len(self._begun) > most or self._begun[0].ready):
+            if self._parts and (len(self._parts) >= PART_BYTES or not self._begun[0].ready):
+                await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": True})
+                self._parts.clear()
+            self._parts += await self._next_answer()
+
+    async def _next_answer(self) -> bytes:
+        line = self._begun[0]
+        answer = self._answer_now(line) or await self._answer(line)
+        line.answered, line.feeding, line.task = True, None, None
+        self._begun.popleft()
+        if line.then is not None:
+            self._follow(line, line.then)
+        return answer
 
     async def drop(self) -> None:
         """Feed nothing more: nobody waits for it."""
-        tasks = [line.task for line in self._lines if line.task is not None]
+        tasks = [line.task for line in self._begun if line.task is not None]
         for task in tasks:
             task.cancel()
-        for line in self._lines:
+        for line in self._begun:
             if line.feeding is not None:
                 line.feeding.drop()
         if tasks:
@@ -165,37 +170,65 @@ class Bulk:
     # ------------------------------------------------------------------ one line
 
     def _begin(self, line: Line) -> None:
-        before = self._before.get(line.session)
-        if self._named[line.session] > 1:
-            self._before[line.session] = line
+        """Feed a line, unless it has to wait for the one before it of the same session."""
+        self._begun.append(line)
+        before = self._newest.get(line.session) if line.session is not None else None
+        if line.session is not None:
+            self._newest[line.session] = line
+        if before is None:
+            self._start(line)
+        elif before.answered:
+            self._follow(before, line)
+        else:
+            before.then = line
+
+    def _follow(self, before: Line, line: Line) -> None:
+        if before.problem is None:
+            self._start(line)
+        elif line.problem is None:
+            line.problem = Problem("skipped", "an earlier line of the same session was refused")
+
+    def _start(self, line: Line) -> None:
         if line.body is None:
             return
-        if self._named[line.session] == 1 and line.body.key is None and self._key is None:
+        if line.body.key is None and self._key is None:
             try:
                 line.feeding = self._sessions.feed_now(key_of(line.body.session), *feed_of(line.body))
             except Exception as error:
                 line.problem = problem_from(error)
                 return
         if line.feeding is None:
-            line.task = asyncio.create_task(self._run(line, line.body, before))
+            line.task = asyncio.create_task(self._run(line, line.body))
+
+    def _answer_now(self, line: Line) -> bytes | None:
+        """The answer, if nothing has to be waited for."""
+        if line.problem is not None:
+            return line.refusal()
+        if line.feeding is None or not line.feeding.ended or line.body is None:
+            return None
+        try:
+            fed = line.feeding.result()
+            return answer_line(fed, line.body) if not is_long(fed, line.body) else None
+        except Race:
+            return None
+        except Exception as error:
+            line.problem = problem_from(error)
+            return line.refusal()
 
     async def _answer(self, line: Line) -> bytes:
-        if line.feeding is not None and line.body is not None:
-            try:
-                return await written(await line.feeding.outcome(), line.body)
-            except Race:
-                return await self._run(line, line.body, None)
-            except Exception as error:
-                line.problem = problem_from(error)
-        return await line.task if line.task is not None else line.refusal()
-
-    async def _run(self, line: Line, body: BulkLine, before: Line | None) -> bytes:
-        """Feed a line when the one before it of the same session has been fed."""
+        if line.task is not None:
+            return await line.task
+        assert line.feeding is not None and line.body is not None
         try:
-            if before is not None and before.task is not None:
-                await asyncio.wait((before.task,))
-            if before is not None and before.problem is not None:
-                raise Problem("skipped", "an earlier line of the same session was refused")
+            return await written(await line.feeding.outcome(), line.body)
+        except Race:
+            return await self._run(line, line.body)
+        except Exception as error:
+            line.problem = problem_from(error)
+            return line.refusal()
+
+    async def _run(self, line: Line, body: BulkLine) -> bytes:
+        try:
             return await self._fed(line, body)
         except Exception as error:
             line.problem = problem_from(error)
@@ -261,6 +294,4 @@ async def bulk_steps(request: Request) -> Response:
     body = await read_bytes(request)
     if body.count(b"\n") > MAX_LINES:
         raise Problem("payload_too_large", f"at most {MAX_LINES} lines a request")
-    bulk = Bulk(sessions_of(request), history_of(request), key)
-    await bulk.read(body)
-    return BulkAnswer(bulk)
+    return BulkAnswer(Bulk(sessions_of(request), history_of(request), key, body))

@@ -5,6 +5,7 @@ import base64
 import binascii
 import json
 import secrets
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -209,18 +210,29 @@ async def steps(request: Request, session_id: SessionId) -> Response:
 def feed_of(body: StepsBody, keyed: Keyed | None = None) -> tuple[Inputs, Opening]:
     """What is fed, and into which session."""
 
-    def kept(model: Model) -> KeptAnswer:
-        assert keyed is not None
-        return KeptAnswer(keyed, lambda done: steps_answer(Fed(model, done, head_of(done)), body))
-
-    inputs = Inputs(body.inputs, body.predictions, body.alternatives, kept if keyed is not None else None)
+    kept = _kept_of(body, keyed) if keyed is not None else None
+    inputs = Inputs(body.inputs, body.predictions, body.alternatives, kept)
     return inputs, Opening(body.model, body.version, body.seed, body.position)
+
+
+def _kept_of(body: StepsBody, keyed: Keyed) -> Callable[[Model], KeptAnswer]:
+    return lambda model: KeptAnswer(keyed, lambda done: steps_answer(Fed(model, done, head_of(done)), body))
 
 
 async def written(fed: Fed, body: StepsBody) -> bytes:
     """The answer to a feed as a line of JSON; a long one is worked out beside the event loop."""
-    if body.predictions == "all" and len(fed.done.entries) > MANY:
-        return await asyncio.to_thread(lambda: line_of(steps_answer(fed, body)))
+    if is_long(fed, body):
+        return await asyncio.to_thread(answer_line, fed, body)
+    return answer_line(fed, body)
+
+
+def is_long(fed: Fed, body: StepsBody) -> bool:
+    """Whether working an answer out would hold the event loop up."""
+    return body.predictions == "all" and len(fed.done.entries) > MANY
+
+
+def answer_line(fed: Fed, body: StepsBody) -> bytes:
+    """The answer to a feed as a line of JSON."""
     return line_of(steps_answer(fed, body))
 
 
@@ -238,10 +250,8 @@ async def kept_answer(history: History, reply: Reply, body: StepsBody) -> bytes:
 
 def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
     """The answer to a feed."""
-    answer: dict[str, Any] = {
-        **where(fed.head),
-        "steps": len(fed.done.entries),
-    }
+    answer = where(fed.head)
+    answer["steps"] = len(fed.done.entries)
     if fed.done.created:
         answer["created"] = True
     answer["predictions"] = [] if body.predictions == "none" else predictions(fed, body.alternatives)

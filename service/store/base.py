@@ -361,7 +361,7 @@ def stamp(commit: Commit, stored: Head | None, now: int) -> Commit:
     return msgspec.structs.replace(
         commit,
         head=head,
-        segments=tuple(msgspec.structs.replace(one, at_ms=((one.count, now),)) for one in commit.segments),
+        segments=tuple([msgspec.structs.replace(one, at_ms=((one.count, now),)) for one in commit.segments]),
         reply=_stamped_reply(commit.reply, head, now),
         left=left,
     )

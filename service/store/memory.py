@@ -76,7 +76,8 @@ class MemoryStore:
         if commit.reply is not None:
             self._add_reply(commit.head.tenant, commit.reply)
         self._move(stored, commit.head)
-        self._add_snapshots([snapshot for snapshot in commit.snapshots if self._reaches(snapshot)])
+        if commit.snapshots:
+            self._add_snapshots([snapshot for snapshot in commit.snapshots if self._reaches(snapshot)])
 
     def _move(self, stored: Head | None, head: Head) -> None:
         """Put a session's head where it stands now, and delete what nobody reaches any more."""

@@ -1,7 +1,7 @@
 """Feeding one entry to each of many sessions, in columns: an object a session would cost more than the step."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 import numpy as np
@@ -65,25 +65,25 @@ class Feeds(Work):
 
     def begin(self, host: Host) -> None:
         """Take the sessions that have nothing to do but this step."""
-        self._host = host
-        bases = [self._plain(one) for one in self.asked]
-        for one, base in zip(self.asked, bases, strict=True):
-            if base is None:
+        self._host, self._snapshot_every = host, host.keeping.snapshot_every
+        self.entries = np.concatenate([one.entries for one in self.asked])
+        gaps, bases = host.codec.gaps(self.entries), [self._base(one) for one in self.asked]
+        plain = [base is not None and not gap for base, gap in zip(bases, gaps, strict=True)]
+        for one, good in zip(self.asked, plain, strict=True):
+            if not good:
                 self._stray(one)
-        self.asked = [one for one, base in zip(self.asked, bases, strict=True) if base is not None]
-        self._bases = [base for base in bases if base is not None]
-        self.finished = not self._bases
-        if self._bases:
-            self.entries = np.concatenate([one.entries for one in self.asked])
+        self._bases = cast(list[Resident], bases)
+        if not all(plain):
+            self._keep(plain)
 
-    def _plain(self, one: Asked) -> Resident | None:
-        host = self._host
+    def _base(self, one: Asked) -> Resident | None:
+        """The session to begin on; None: there is more to do with it."""
         try:
-            base = begun(host, one.at)
+            base = begun(self._host, one.at)
         except Exception:
-            return None
-        due = base.folded - base.snapshot_at >= host.keeping.snapshot_every
-        return None if due or len(base.tail) or host.codec.has_gaps(one.entries) else base
+            return None  # it meets the same on its own, and is told
+        due = base.folded - base.snapshot_at >= self._snapshot_every
+        return None if due or len(base.tail) else base
 
     def _stray(self, one: Asked) -> None:
         one.work = Feed(one, one.at, one.entries, last_only=True)
@@ -170,13 +170,13 @@ class Feeds(Work):
 
     def _residents(self, heads: Sequence[Head]) -> Iterable[Resident]:
         """The sessions as they are in memory now, each in arrays of its own."""
-        none, entries = self._host.codec.none(), state.kept(list(self.entries[:, None]))
+        none, names = self._host.codec.none(), list(self._outputs)
         states = zip(*(state.kept(column) for column in zip(*self._after, strict=True)), strict=True)
-        outputs = [state.kept(list(array)) for array in self._outputs.values()]
-        for head, base, row, last, *said in zip(heads, self._bases, states, entries, *outputs, strict=True):
+        outputs = zip(*(state.kept(list(array)) for array in self._outputs.values()), strict=True)
+        for head, base, row, last, said in zip(heads, self._bases, states, self.entries, outputs, strict=True):
             behind = (base.folded, base.row) if base.folded + 1 - base.snapshot_at > PARK_AFTER else None
-            output = dict(zip(self._outputs, said, strict=True))
-            yield Resident(head, row, base.folded + 1, none, output, last[0], base.snapshot_at, behind)
+            output = dict(zip(names, said, strict=True))
+            yield Resident(head, row, base.folded + 1, none, output, last, base.snapshot_at, behind)
 
     def halt(self) -> None:
         """Let those go that nobody waits for; the others go on."""

@@ -21,13 +21,14 @@ class Unspread:
     branches: set[str] = field(default_factory=set)
 
     def add(self, commit: Commit, seq: int) -> set[str]:
-        """Take a commit in; returns the branches that it writes to."""
+        """Take a commit in; returns the branches that it is the first to write to."""
         self.head, self.seq = commit.head, seq
-        self.segments.extend(commit.segments)
-        self.snapshots.extend(commit.snapshots)
+        self.segments += commit.segments
+        self.snapshots += commit.snapshots
         written = {one.branch for one in commit.segments} | {one.branch for one in commit.snapshots}
-        self.branches |= written
-        return written
+        fresh = written - self.branches
+        self.branches.update(fresh)
+        return fresh
 
 
 @dataclass(slots=True)
