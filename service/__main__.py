@@ -13,6 +13,7 @@ from typing import TextIO, cast
 import structlog
 import uvicorn
 
+from service.api.wire import Wire
 from service.app import create_app, open_store
 from service.settings import Settings, SettingsError, load
 from service.store.base import StoreError
@@ -38,6 +39,7 @@ def main() -> int:
     app = create_app(settings, store)
     config = uvicorn.Config(
         app,
+        http=Wire,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -46,8 +46,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-AHEAD_ROWS = 32
-"""from here on beginning the next call early saves more than handing it to another thread costs"""
+AHEAD_DRAWN, AHEAD_FED = 32, 96
+"""rows that draw, or that do not, from which on beginning their next call early saves more than it costs: to hand it to
+another thread, and to cut in two what would have come together"""
 MAX_AHEAD = 2
 """folds that are under way at once"""
 
@@ -175,7 +176,7 @@ class Engine:
     def _something_to_do(self) -> bool:
         if self._inbox or self._unscheduled or (self._ahead and self._ahead[0].begun.done()):
             return True
-        return self._scheduler.waiting >= (AHEAD_ROWS if self._ahead else 1) and len(self._ahead) < MAX_AHEAD
+        return self._scheduler.waiting >= (AHEAD_FED if self._ahead else 1) and len(self._ahead) < MAX_AHEAD
 
     def _begin(self, work: Work) -> None:
         self._try(work, lambda: work.begin(self))
@@ -228,7 +229,7 @@ class Engine:
         batch = self._next_batch()
         if batch is None:
             self._finish(works)
-        elif batch.draws or batch.width < AHEAD_ROWS:
+        elif batch.draws or batch.width < AHEAD_FED:
             self._finish([*works, *batch.rows], batch)
         else:
             self._finish(works)
@@ -238,10 +239,10 @@ class Engine:
         """What is to be run now: beside what is under way only another large fold."""
         if not self._ahead:
             return self._scheduler.next()
-        if len(self._ahead) == MAX_AHEAD or self._scheduler.waiting < AHEAD_ROWS:
+        if len(self._ahead) == MAX_AHEAD or self._scheduler.waiting < AHEAD_FED:
             return None
         batch = self._scheduler.next()
-        if batch is not None and (batch.draws or batch.width < AHEAD_ROWS):
+        if batch is not None and (batch.draws or batch.width < AHEAD_FED):
             while self._ahead:
                 self._land()
         return batch
@@ -346,7 +347,7 @@ class Engine:
             return np.asarray(tokens[step])
 
         entries = np.array([work.entries[-1] for work in rolling])
-        ahead = len(works) >= AHEAD_ROWS and all(work.steps > steps for work in rolling)
+        ahead = len(works) >= AHEAD_DRAWN and all(work.steps > steps for work in rolling)
         folded = self._runner.roll(entries, [work.row for work in works], steps, draw, ahead)
         if not folded.finite:
             self._roll_with_care(works, steps)

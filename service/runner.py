@@ -85,7 +85,7 @@ class Runner:
         return *self._call(entries, states), perf_counter() - began
 
     def _folded(self, outputs: list[Array], states: list[Array], seconds: float) -> Folded:
-        finite = all(bool(np.isfinite(array).all()) for array in (*outputs, *states))
+        finite = all(map(state.all_finite, (*outputs, *states)))
         return Folded(self._named(outputs), self._folding.take(states), finite, seconds)
 
     def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
@@ -99,9 +99,9 @@ class Runner:
         for step in range(steps):
             outputs, states = early.result() if early is not None else self._call(entries[None], states)
             early = None
-            finite = finite and all(bool(np.isfinite(array).all()) for array in outputs)
+            finite = finite and all(map(state.all_finite, outputs))
             entries = draw(step, {name: array[0] for name, array in zip(self._names, outputs, strict=True)})
-        finite = finite and all(bool(np.isfinite(array).all()) for array in states)
+        finite = finite and all(map(state.all_finite, states))
         after = self._rolling.take(states)
         if ahead:
             self._rolling.begin(entries, self._beside.submit(self._call, entries[None], states))

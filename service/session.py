@@ -173,7 +173,7 @@ def _submit(engine: Engine, works: Sequence[Work]) -> None:
 class Feeding(Ending):
     """A feed that has begun; it keeps its session's turn until it has ended, whoever waits for it."""
 
-    __slots__ = ("_place", "at", "dropped", "entries", "inputs", "model", "shown", "work")
+    __slots__ = ("_place", "at", "dropped", "entries", "inputs", "model", "shown", "then", "work")
 
     def __init__(self, model: Model, inputs: Inputs, place: Place, at: Head | NewSession, entries: Array) -> None:
         super().__init__()
@@ -184,6 +184,8 @@ class Feeding(Ending):
         self.shown: list[dict[str, Any]] | None = None
         self.work: Work | None = None
         self.dropped = False
+        self.then: Callable[[], None] | None = None
+        """called at the end, in place of one who waits"""
         self._place = place
 
     def __call__(self, event: Event) -> None:
@@ -191,6 +193,9 @@ class Feeding(Ending):
         self.work = None  # it holds this listener and its session's arrays: a cycle would keep them
         self._place.leave()
         self.settle(event)
+        if self.then is not None:
+            then, self.then = self.then, None
+            then()
 
     def result(self) -> Fed:
         """What was fed, once it has ended; raises Problem, or Race when somebody else was first."""

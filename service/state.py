@@ -5,6 +5,7 @@ A row is one session's state: one array a state tensor, without the batch axis, 
 
 import hashlib
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import msgspec
@@ -38,13 +39,15 @@ def stack(specs: Sequence[StateSpec], rows: Sequence[Row]) -> list[Array]:
 
 
 def _stacked(spec: StateSpec, arrays: Sequence[Array]) -> Array:
-    # np.stack gives the GIL away once an array, and each time it has to be got back from a busy event loop.
+    # NumPy's own ways give the GIL away, and each time it has to be got back from a busy event loop.
     if not all(array.flags.c_contiguous for array in arrays):
         return np.stack(arrays, axis=spec.batch_axis)
-    joined = np.frombuffer(b"".join(array.data for array in arrays), arrays[0].dtype).reshape(
-        len(arrays), *arrays[0].shape
-    )
-    return np.ascontiguousarray(np.moveaxis(joined, 0, spec.batch_axis))
+    before = prod(spec.row_shape[: spec.batch_axis])
+    rows = [array.data.cast("B") for array in arrays]
+    size = len(rows[0]) // before
+    joined = b"".join([row[at : at + size] for at in range(0, size * before, size) for row in rows])
+    shape = (*spec.row_shape[: spec.batch_axis], len(arrays), *spec.row_shape[spec.batch_axis :])
+    return np.frombuffer(joined, arrays[0].dtype).reshape(shape)
 
 
 def unstack(specs: Sequence[StateSpec], batch: Sequence[Array]) -> list[Row]:
@@ -76,7 +79,13 @@ def equal(a: Row, b: Row) -> bool:
 
 def finite(row: Row) -> bool:
     """Whether every number of a row is finite."""
-    return all(bool(np.isfinite(array).all()) for array in row)
+    return all(map(all_finite, row))
+
+
+def all_finite(array: Array) -> bool:
+    """Whether every number of an array is finite."""
+    # `all` would give the GIL away a second time.
+    return b"\0" not in np.isfinite(array).tobytes()
 
 
 def digest(row: Row) -> str:

@@ -65,8 +65,11 @@ class Codec:
             items, listed = inputs, True
         else:
             raise invalid("a string or a list of symbols is needed", pointer)
-        where = pointer if not listed else None
-        return np.array([self._id(item, i, where or f"{pointer}/{i}") for i, item in enumerate(items)], "<i4")
+        known = [item for item in items if type(item) is int and 0 <= item < len(self.manifest.symbols)]
+        if len(known) < len(items):  # symbols by name, or something that is wrong
+            where = pointer if not listed else None
+            known = [self._id(item, i, where or f"{pointer}/{i}") for i, item in enumerate(items)]
+        return np.array(known, self.entry_dtype)
 
     def _id(self, item: object, index: int, pointer: str) -> int:
         if isinstance(item, str):

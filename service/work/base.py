@@ -423,7 +423,7 @@ def begun(host: Host, at: Head | NewSession) -> Resident:
 
 def all_finite(outputs: Output) -> bool:
     """Whether every number of the outputs is finite."""
-    return all(bool(np.isfinite(array).all()) for array in outputs.values())
+    return all(map(state.all_finite, outputs.values()))
 
 
 def numeric_fault(at: Head | None = None) -> Problem:

@@ -1,0 +1,209 @@
+"""The shortest way to a step: a small POST of one is answered by the protocol itself, without a task and without ASGI.
+
+Only what is plain goes this way: what can not be begun at once, and whatever would be refused, is handed to the
+application as if it had never been looked at. Uvicorn's protocol does all the reading of HTTP.
+"""
+
+import re
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service import metrics
+from service.api import errors
+from service.api.requests import key_of
+from service.api.responses import JsonLine
+from service.api.sessions import StepsBody, answer_line, feed_of, written
+from service.run import Race
+from service.session import Feeding, Sessions
+
+MAX_BODY = 64 * 1024
+UNUSUAL = frozenset(
+    (b"idempotency-key", b"transfer-encoding", b"expect", b"upgrade", b"authorization", b"x-request-id", b"traceparent")
+)
+"""headers that ask for more than a step"""
+
+_STEPS = re.compile(rb"/v1/sessions/([A-Za-z0-9._:-]{1,128})/steps")
+_ANSWERED = metrics.REQUESTS.labels("POST", "200")
+
+
+class _Nobody:
+    """An event that nobody waits for."""
+
+    def set(self) -> None:
+        """Nothing to do."""
+
+
+class Step:
+    """A step that has begun, in the place of uvicorn's cycle of a request and its response."""
+
+    __slots__ = ("body", "disconnected", "feeding", "keep_alive", "protocol", "response_complete")
+
+    message_event = _Nobody()
+
+    def __init__(self, protocol: "Wire", body: StepsBody, feeding: Feeding) -> None:
+        self.protocol = protocol
+        self.body = body
+        self.feeding = feeding
+        self.keep_alive = True
+        self.disconnected = False
+        self.response_complete = False
+
+    def ended(self) -> None:
+        """Answer."""
+        try:
+            answer = answer_line(self.feeding.result(), self.body)
+        except Race:
+            self.protocol.again(self)
+        except Exception as error:
+            self.refuse(error)
+        else:
+            _ANSWERED.inc()
+            self.protocol.answer(self, JsonLine(answer))
+
+    async def again(self, sessions: Sessions) -> None:
+        """Somebody else moved the session first: try again, as the application does."""
+        key, (inputs, opening) = self.feeding.at.key, feed_of(self.body)
+        try:
+            answer = await written(await sessions.replies.again(lambda: sessions.feed(key, inputs, opening)), self.body)
+        except Exception as error:
+            self.refuse(error)
+        else:
+            _ANSWERED.inc()
+            self.protocol.answer(self, JsonLine(answer))
+
+    def refuse(self, error: Exception) -> None:
+        """Answer with a problem."""
+        refusal = errors.answer_to(error)
+        metrics.REQUESTS.labels("POST", str(refusal.status_code)).inc()
+        self.protocol.answer(self, refusal)
+
+
+class Wire(HttpToolsProtocol):
+    """Uvicorn's protocol, and the shortest way beside it."""
+
+    _written: ClassVar[list[tuple["Wire", bytes, bool]]] = []
+    """answers of this turn of the event loop, and whether their connections are kept"""
+    _default_headers: ClassVar[list[tuple[bytes, bytes]] | None] = None
+    _beginning: ClassVar[bytes] = b""
+    """of every answer, while the default headers are those"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (uvicorn's)
+        super().__init__(*args, **kwargs)
+        self._application = self.config.app
+        self._session_id: str | None = None
+        self._body = b""
+        self._step: Step | None = None
+
+    # ------------------------------------------------------------------ uvicorn's parser calls these
+
+    def on_headers_complete(self) -> None:
+        """Begin the application's task, unless the request may be a plain step: then wait for its body."""
+        self._session_id = self._plain_step()
+        if self._session_id is None:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Keep the body of a step."""
+        if self._session_id is None:
+            super().on_body(body)
+        else:
+            self._body += body
+
+    def on_message_complete(self) -> None:
+        """Begin the step, or hand the request to the application."""
+        session_id, self._session_id = self._session_id, None
+        if session_id is None:
+            super().on_message_complete()
+            return
+        body, self._body = self._body, b""
+        step = self._begin(session_id, body)
+        if step is None:
+            super().on_headers_complete()
+            super().on_body(body)
+            super().on_message_complete()
+        else:
+            self.cycle = self._step = step  # type: ignore[assignment]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Feed nothing if that is still possible: nobody waits for it."""
+        if self._step is not None:
+            self._step.feeding.drop()
+        super().connection_lost(exc)
+
+    # ------------------------------------------------------------------ a step
+
+    def _plain_step(self) -> str | None:
+        """The session's id, if a request may be a step that is answered here."""
+        found = _STEPS.fullmatch(self.url)
+        if found is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+            return None
+        said = dict(self.headers)
+        length = said.get(b"content-length", b"")
+        plain = (
+            said.get(b"content-type") == b"application/json"
+            and length.isdigit()
+            and int(length) <= MAX_BODY
+            and UNUSUAL.isdisjoint(said)
+            and len(said) == len(self.headers)
+            and self.parser.should_keep_alive()
+        )
+        return found[1].decode("ascii") if plain and self._is_free() else None
+
+    def _is_free(self) -> bool:
+        """Whether nothing else is under way on this connection, its client reads, and there is room for a request."""
+        if self.root_path or self.flow.write_paused or (self.cycle is not None and not self.cycle.response_complete):
+            return False
+        return self.limit_concurrency is None or len(self.connections) < self.limit_concurrency
+
+    def _begin(self, session_id: str, content: bytes) -> Step | None:
+        """Begin a step; None when it has to wait for something, or to be refused."""
+        state = self._application.state  # type: ignore[union-attr]
+        try:
+            if len(content) > state.settings.max_body_bytes:
+                return None
+            body = StepsBody.model_validate_json(content)
+            feeding = state.sessions.feed_now(key_of(session_id), *feed_of(body))
+        except Exception:
+            return None  # the application meets the same, and answers it
+        if feeding is None:
+            return None
+        step = Step(self, body, feeding)
+        feeding.then = step.ended
+        return step
+
+    def again(self, step: Step) -> None:
+        """Run a step again that lost a race."""
+        task = self.loop.create_task(step.again(self._application.state.sessions))  # type: ignore[union-attr]
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def answer(self, step: Step, response: Any) -> None:  # noqa: ANN401 (a Response, or what looks like one)
+        """Write an answer in one part, together with those of the other connections that come in the same turn."""
+        self._step, step.response_complete = None, True
+        if step.disconnected or self.transport.is_closing():
+            return
+        headers = b"".join([b"%b: %b\r\n" % header for header in response.raw_headers])
+        end = b"\r\n" if step.keep_alive else b"connection: close\r\n\r\n"
+        first = STATUS_LINE[response.status_code] + self._defaults()
+        if not Wire._written:
+            self.loop.call_soon(Wire._send)
+        Wire._written.append((self, b"".join((first, headers, end, response.body)), step.keep_alive))
+
+    @staticmethod
+    def _send() -> None:
+        """Send what was written: the first one wakes who reads, and the others find him awake."""
+        written, Wire._written = Wire._written, []
+        for wire, answer, keep_alive in written:
+            if not wire.transport.is_closing():
+                wire.transport.write(answer)
+                if not keep_alive:
+                    wire.transport.close()
+                wire.on_response_complete()
+
+    def _defaults(self) -> bytes:
+        """The headers of every answer, written."""
+        if Wire._default_headers is not self.server_state.default_headers:
+            Wire._default_headers = self.server_state.default_headers
+            Wire._beginning = b"".join([b"%b: %b\r\n" % header for header in Wire._default_headers])
+        return Wire._beginning
