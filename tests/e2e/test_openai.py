@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live import MakeServer, Server, problem
+from live import ROOT, MakeServer, Server, problem
 from openai.types import Completion
 
 LETTERS = "tiny-letters"
@@ -694,3 +694,10 @@ def test_the_openapi_page_describes_it(server: Server) -> None:
     described = page["paths"]["/v1/completions"]["post"]
     assert "session" in described["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {"200", "404", "409", "422"} <= set(described["responses"])
+
+
+def test_the_readmes_example(server: Server, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = (ROOT / "README.md").read_text().partition("```python\nimport uuid")[2].partition("```")[0]
+    assert '"balcony"' in code and "http://127.0.0.1:8000" in code
+    exec(f"import uuid{code}".replace("http://127.0.0.1:8000", server.url).replace('"balcony"', f'"{name}"'), {})
+    assert len(capsys.readouterr().out) >= 80 and server.position(name) == 21 + 20 + 80
