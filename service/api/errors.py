@@ -42,6 +42,7 @@ STATUS: dict[str, tuple[int, str]] = {
     "incompatible_version": (422, "Incompatible version"),
     "idempotency_key_reused": (422, "Idempotency key reused"),
     "state_mismatch": (422, "State mismatch"),
+    "upgrade_required": (426, "Upgrade required"),
     "skipped": (424, "Skipped"),
     "session_busy": (429, "Session busy"),
     "internal": (500, "Internal error"),

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import Field
+from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import document
@@ -193,8 +194,11 @@ async def begun(run: Run) -> Reader:
 
 async def answer(reader: Reader, body: GenerateBody, session_id: str | None) -> Response:
     """A run as a stream, or as JSON at its end."""
-    if body.stream:
-        return EventStream(b"", reader)
+    return EventStream(b"", reader) if body.stream else await whole_answer(reader, body, session_id)
+
+
+async def whole_answer(reader: Reader, body: GenerateBody, session_id: str | None) -> Response:
+    """A run as JSON at its end."""
     try:
         done = await reader.finish()
     finally:
@@ -231,7 +235,7 @@ def _generated(
 # ---------------------------------------------------------------------- answered before
 
 
-async def replay_generate(request: Request, reply: Reply, body: GenerateBody) -> Response:
+async def replay_generate(request: HTTPConnection, reply: Reply, body: GenerateBody) -> Response:
     """What a generate has made; one that runs or is suspended is joined and goes on to its end."""
     found = await recalled(request, reply, body.stream)
     if isinstance(found, Replay):
@@ -239,7 +243,7 @@ async def replay_generate(request: Request, reply: Reply, body: GenerateBody) ->
     return replayed(await _replay_ended(request, found, body))
 
 
-async def recalled(request: Request, reply: Reply, live: bool) -> "Replay | Ended":
+async def recalled(request: HTTPConnection, reply: Reply, live: bool) -> "Replay | Ended":
     """What a generate has made, at its end; or if `live` and it is not there yet, what it has and what follows."""
     kept: Reply | None = reply
     for _ in range(MAX_JOINS):
@@ -261,7 +265,7 @@ async def recalled(request: Request, reply: Reply, live: bool) -> "Replay | Ende
     return Ended(kept, kept.head, kept.generation)
 
 
-async def _join(request: Request, reply: Reply) -> Replay | None:
+async def _join(request: HTTPConnection, reply: Reply) -> Replay | None:
     """A reader of the generate that a pending reply is about; None when the session has gone on from it."""
     sessions, key = sessions_of(request), key_of(reply.scope)
     head = await sessions.stored(key)
@@ -280,7 +284,7 @@ async def _join(request: Request, reply: Reply) -> Replay | None:
     return None
 
 
-async def _replay_ended(request: Request, ended: "Ended", body: GenerateBody) -> Response:
+async def _replay_ended(request: HTTPConnection, ended: "Ended", body: GenerateBody) -> Response:
     tokens, rest = await ended.tokens(request, 0 if body.stream else body.logprobs or 0)
     head, generation = ended.head, ended.generation
     if body.stream:
@@ -299,7 +303,7 @@ class Ended:
     head: Head
     generation: Generation
 
-    async def tokens(self, request: Request, alternatives: int) -> tuple[list[Token], str]:
+    async def tokens(self, request: HTTPConnection, alternatives: int) -> tuple[list[Token], str]:
         """Its tokens, with so many likely symbols at each, and the text that was held back at its end."""
         history, key = history_of(request), key_of(self.reply.scope)
         tokens, rest = await history.tokens(key, self.reply, self.generation)
@@ -453,13 +457,13 @@ def _end_block(run: Run) -> bytes | None:
 
 def _token_blocks(epoch: int, tokens: Sequence[Token]) -> bytes:
     return "".join(
-        [
-            f"event: token\nid: {epoch}.{token.position}\n"
-            f'data: {{"position":{token.position},"token":{token.token},"text":{_json(token.text)},'
-            f'"logprob":{token.logprob}}}\n\n'
-            for token in tokens
-        ]
+        [f"event: token\nid: {epoch}.{token.position}\ndata: {token_data(token)}\n\n" for token in tokens]
     ).encode()
+
+
+def token_data(token: Token) -> str:
+    """What is told of a token, as JSON."""
+    return f'{{"position":{token.position},"token":{token.token},"text":{_json(token.text)},"logprob":{token.logprob}}}'
 
 
 @lru_cache(4096)
@@ -468,12 +472,17 @@ def _json(text: str) -> str:
 
 
 def _done_block(epoch: int, generation: Generation, rest: str) -> bytes:
+    return _block("done", f"{epoch}.{generation.end}-end", done_data(epoch, generation, rest))
+
+
+def done_data(epoch: int, generation: Generation, rest: str) -> dict[str, Any]:
+    """What is told of a generate's end."""
     assert generation.end is not None
     ending = _ending(generation, generation.end - generation.start)
     data = {"finish_reason": ending["finish_reason"], "epoch": epoch, "position": generation.end}
     if rest:
         data["text"] = rest
-    return _block("done", f"{epoch}.{generation.end}-end", data | {"usage": ending["usage"]})
+    return data | {"usage": ending["usage"]}
 
 
 def _block(event: str, event_id: str | None, data: dict[str, Any]) -> bytes:
