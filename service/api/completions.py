@@ -9,7 +9,7 @@ import hashlib
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from fastapi import Response
@@ -51,13 +51,6 @@ PROMPT_SCHEMA: dict[str, Any] = {
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class StreamOptions(Strict):
-    """What a stream holds besides."""
-
-    include_usage: bool | None = Field(default=None, description="a last chunk says how many tokens there were")
-    include_obfuscation: bool | None = Field(default=None, description="has no effect")
-
-
 class CompletionBody(Strict):
     """What to complete."""
 
@@ -82,7 +75,9 @@ class CompletionBody(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: dict[Literal["include_usage", "include_obfuscation"], bool | None] | None = Field(
+        default=None, description="include_usage: the stream's last chunk says how many tokens there were"
+    )
     user: Annotated[str, Field(max_length=1024)] | None = Field(default=None, description="has no effect")
     suffix: str | None = Field(default=None, description="only the empty one")
     logit_bias: dict[str, float] | None = Field(default=None, description="only the empty one")
@@ -107,7 +102,7 @@ class CompletionBody(Strict):
     @property
     def counted(self) -> bool:
         """Whether a stream ends with how many tokens there were."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        return bool((self.stream_options or {}).get("include_usage"))
 
     @property
     def own_seed(self) -> int | None:

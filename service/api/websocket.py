@@ -270,6 +270,8 @@ class Connection:
                 head = await self._sessions.cancel(self._key)
                 where = {"epoch": head.epoch, "position": head.position}
                 await self._say("done", None, {"finish_reason": "cancelled", **where})
+            except _Gone:
+                raise
             except Exception as error:
                 await self._refuse(ref, error)
 
@@ -295,7 +297,15 @@ class Connection:
     # ------------------------------------------------------------------ what is done
 
     async def _work(self) -> None:
-        """Do what waits, one after another."""
+        """Do what waits, one after another, while somebody is there."""
+        with suppress(_Gone):
+            await self._do_all()
+        self._waiting.clear()
+        self._bytes = 0
+        self._moved.set()
+        self._worker = None
+
+    async def _do_all(self) -> None:
         this = asyncio.current_task()
         assert this is not None
         while self._waiting:
@@ -308,14 +318,10 @@ class Connection:
                 if this.cancelling():
                     raise
                 await self._say("done", operation.ref, {"finish_reason": "cancelled"})
-            except _Gone:
-                # Nothing more is done for it; that it has left is the next message.
-                self._waiting.clear()
             finally:
                 self._current = None
                 self._rested = asyncio.get_running_loop().time()
                 self._moved.set()
-        self._worker = None
 
     async def _do(self, operation: Operation) -> None:
         asked = operation.asked
