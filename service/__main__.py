@@ -13,6 +13,7 @@ from typing import TextIO, cast
 import structlog
 import uvicorn
 
+from service.api import websocket
 from service.api.wire import Wire
 from service.app import create_app, open_store
 from service.settings import Settings, SettingsError, load
@@ -44,6 +45,11 @@ def main() -> int:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, int(settings.grace_s)),
+        ws=websocket.Protocol,
+        ws_max_size=settings.max_body_bytes,
+        ws_ping_interval=websocket.PING_S,
+        ws_ping_timeout=websocket.PING_S,
+        ws_per_message_deflate=False,  # it costs memory and time for each, and messages are short
     )
     server = Server(config)
     server.run([listener])

@@ -128,6 +128,15 @@ class Reader:
         self._seen += len(fresh)
         return fresh
 
+    async def after(self, position: int) -> list[Token]:
+        """The same, of the tokens after a position."""
+        while tokens := await self.next():
+            if tokens[0].position <= position:
+                tokens = [token for token in tokens if token.position > position]
+            if tokens:
+                break
+        return tokens
+
     async def begun(self) -> None:
         """Wait for the first event; raises Problem when that is a failure."""
         if not await self.wait():

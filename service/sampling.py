@@ -26,6 +26,7 @@ class Purpose(IntEnum):
 
     TOKEN = 0
     FORECAST = 1
+    CHOICE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ def philox(key: Array | np.uint64 | int, counters: Array) -> Array:
 def uniforms(seed: int, start: int, count: int, purpose: Purpose, index: int = 0) -> Array:
     """The numbers in [0, 1) of positions start to start + count - 1, [count] float64."""
     return _numbers(np.uint64(seed), np.arange(start, start + count, dtype=np.uint64), purpose, index)
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of the completion `index` of several that are asked for with one seed; the first one's is that seed."""
+    return int(uniforms(seed, index, 1, Purpose.CHOICE)[0] * (MAX_SEED + 1)) if index else seed
 
 
 def _numbers(seeds: Array | np.uint64, positions: Array, purpose: Purpose, index: int = 0) -> Array:

@@ -470,7 +470,7 @@ class Sessions:
         await turn.__aenter__()
         try:
             model, at = self._opened(key, opening, await self.stored(key))
-            _needs_language_model(model)
+            needs_language_model(model)
             prompt = await _encode(model, inputs) if inputs is not None else None
             seed = opening.seed if opening.seed is not None else at.seed
             at = await self._ready(at)
@@ -500,11 +500,8 @@ class Sessions:
         self._runs[key] = run
         return run
 
-    async def generate_alone(self, model: Model, inputs: object | None, generation: Generation) -> Run:
+    def generate_alone(self, model: Model, prompt: Array, generation: Generation) -> Run:
         """A generate without a session: nothing is kept."""
-        _needs_language_model(model)
-        codec = model.engine.codec
-        prompt = await _encode(model, inputs) if inputs is not None else codec.start()
         run = Run(model, None, lambda: None)
         run.work = Generate(run.listen, None, prompt, generation)
         model.engine.submit(run.work)
@@ -684,10 +681,16 @@ def head_of(done: Done) -> Head:
     return done.head
 
 
-async def _encode(model: Model, inputs: object) -> Array:
+async def prompt_of(model: Model, inputs: object | None, pointer: str = "/inputs") -> Array:
+    """What a generate without a session begins with: inputs as entries, or else the start symbol."""
+    needs_language_model(model)
+    return await _encode(model, inputs, pointer) if inputs is not None else model.engine.codec.start()
+
+
+async def _encode(model: Model, inputs: object, pointer: str = "/inputs") -> Array:
     """Inputs as entries; many of them beside the event loop."""
     encode = model.engine.codec.encode
-    return await asyncio.to_thread(encode, inputs) if _many(inputs) else encode(inputs)
+    return await asyncio.to_thread(encode, inputs, pointer) if _many(inputs) else encode(inputs, pointer)
 
 
 def _many(inputs: object) -> bool:
@@ -703,7 +706,8 @@ def _unfinished(head: Head) -> bool:
     return head.generation is not None and head.generation.finish_reason is None
 
 
-def _needs_language_model(model: Model) -> None:
+def needs_language_model(model: Model) -> None:
+    """Raise Problem when the model can not generate."""
     manifest = model.bundle.manifest
     if manifest.task != "language-model":
         raise Problem("task_mismatch", f"{manifest.name} is a {manifest.task}: generate is for language models")

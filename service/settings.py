@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     )
     idempotency_ttl_s: int = Field(default=86_400, ge=1, le=10**9, description="seconds that an answer's key is kept")
     session_ttl_s: int = Field(default=0, ge=0, le=10**9, description="idle seconds until a session expires, 0: never")
+    ws_idle_s: float = Field(default=3600, gt=0, le=10**9, description="idle seconds until a WebSocket is closed")
     session_wait_ms: int = Field(default=30_000, ge=1, description="how long an operation waits for its session")
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="greatest request body")
     max_tokens: int = Field(default=100_000, ge=1, description="greatest max_tokens of a generate")

@@ -16,6 +16,9 @@ log = structlog.get_logger(__name__)
 
 RETRY_AFTER_S = 1
 
+OPENAI = ("/v1/completions", "/v1/models")
+"""routes whose clients look for OpenAI's `error` object, which stands beside the problem's members there"""
+
 STATUS: dict[str, tuple[int, str]] = {
     "bad_request": (400, "Bad request"),
     "not_found": (404, "No such route"),
@@ -39,6 +42,7 @@ STATUS: dict[str, tuple[int, str]] = {
     "incompatible_version": (422, "Incompatible version"),
     "idempotency_key_reused": (422, "Idempotency key reused"),
     "state_mismatch": (422, "State mismatch"),
+    "upgrade_required": (426, "Upgrade required"),
     "skipped": (424, "Skipped"),
     "session_busy": (429, "Session busy"),
     "internal": (500, "Internal error"),
@@ -62,10 +66,23 @@ def document(problem: Problem) -> dict[str, Any]:
     }
 
 
-def answer(problem: Problem) -> Response:
-    """The problem as an HTTP answer."""
+def openai_error(problem: Problem) -> dict[str, Any]:
+    """The problem as OpenAI's clients read it."""
+    status, _ = STATUS[problem.code]
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    pointers = [one["pointer"] for one in problem.members.get("errors", ())]
+    param = pointers[0].split("/")[1] if pointers and pointers[0] else None
+    return {"message": problem.detail, "type": kind, "param": param, "code": problem.code}
+
+
+def answer(problem: Problem, path: str = "") -> Response:
+    """The problem as an HTTP answer, in the form that the clients of a path know."""
     body = document(problem)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if body["status"] in (429, 503) else None
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if body["status"] in (429, 503) else {}
+    if path.startswith(OPENAI):
+        body["error"] = openai_error(problem)
+        if body["status"] == 409:
+            headers["x-should-retry"] = "false"  # the openai package would: here another try ends in the same
     return Response(msgspec.json.encode(body) + b"\n", body["status"], headers, media_type="application/problem+json")
 
 
@@ -103,11 +120,11 @@ def problem_from(error: Exception) -> Problem:
     return Problem("internal", "the service failed on this request")
 
 
-def answer_to(error: Exception) -> Response:
+def answer_to(error: Exception, path: str = "") -> Response:
     """The answer to a request that ended with an error."""
     if isinstance(error, ClientLeft):
         return Response(status_code=499)
-    found = answer(problem_from(error))
+    found = answer(problem_from(error), path)
     if isinstance(error, HTTPException):
         found.headers.update(error.headers or {})
     return found
@@ -116,8 +133,8 @@ def answer_to(error: Exception) -> Response:
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
 
-    async def handle(_: Request, error: Exception) -> Response:
-        return answer_to(error)
+    async def handle(request: Request, error: Exception) -> Response:
+        return answer_to(error, request.url.path)
 
     for kind in (Problem, HTTPException, ValidationError, RequestValidationError, ClientLeft, StoreError, Exception):
         app.add_exception_handler(kind, handle)

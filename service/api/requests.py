@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
 from service.errors import ClientLeft, Problem, invalid
@@ -240,13 +241,13 @@ def key_of(session_id: str) -> Key:
     return ("", session_id)
 
 
-def sessions_of(request: Request) -> Sessions:
+def sessions_of(request: HTTPConnection) -> Sessions:
     """The application's sessions."""
     found: Sessions = request.app.state.sessions
     return found
 
 
-def history_of(request: Request) -> History:
+def history_of(request: HTTPConnection) -> History:
     """The application's way into the sessions' past."""
     found: History = request.app.state.history
     return found
@@ -260,7 +261,7 @@ def body_of(schema: type[BaseModel], **examples: object) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": content}}, **KEY_PARAMETER}
 
 
-def check_max_tokens(request: Request, max_tokens: int) -> None:
+def check_max_tokens(request: HTTPConnection, max_tokens: int) -> None:
     """Refuse more tokens than RECURRA_MAX_TOKENS."""
     limit: int = request.app.state.settings.max_tokens
     if max_tokens > limit:

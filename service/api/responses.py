@@ -144,6 +144,42 @@ class Generated(BaseModel):
     usage: Usage
 
 
+class CompletionLogprobs(BaseModel):
+    """How likely each token was; null where nothing was predicted."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One completion of one prompt."""
+
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionUsage(Usage):
+    """Entries of the prompts, and those that were drawn."""
+
+    total_tokens: int
+
+
+class Completion(BaseModel):
+    """Completions as OpenAI's clients read them."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: CompletionUsage
+
+
 class ForecastStep(BaseModel):
     """One step ahead."""
 
@@ -257,6 +293,7 @@ _SCHEMAS: dict[str, type[BaseModel]] = {
         SessionList,
         Steps,
         Generated,
+        Completion,
         Forecast,
         State,
         Log,

@@ -9,12 +9,14 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import Field
+from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import document
@@ -41,7 +43,7 @@ from service.api.sessions import SessionId
 from service.errors import ClientLeft, Problem, invalid
 from service.run import Race, Reader, Replay, Run
 from service.sampling import MAX_SEED
-from service.session import Opening, new_seed
+from service.session import Opening, new_seed, prompt_of
 from service.store.base import Generation, Head, Reply
 from service.work.events import Token
 from service.work.feed import Keyed
@@ -159,8 +161,9 @@ async def generate_alone(request: Request, model: str) -> Response:
 
     async def fresh() -> Response:
         loaded = request.app.state.registry.get(model, body.version)
-        generation = msgspec.structs.replace(generation_of(body), seed=_seed(body, keyed))
-        run = await sessions_of(request).generate_alone(loaded, body.inputs, generation)
+        generation = msgspec.structs.replace(generation_of(body), seed=seed_of(body.seed, keyed))
+        prompt = await prompt_of(loaded, body.inputs)
+        run = sessions_of(request).generate_alone(loaded, prompt, generation)
         found = await answer(await begun(run), body, None)
         if not body.stream:
             await replies.keep(keyed, bytes(found.body))
@@ -169,10 +172,10 @@ async def generate_alone(request: Request, model: str) -> Response:
     return await while_connected(request, replies.once(keyed, fresh, replay_body))
 
 
-def _seed(body: GenerateBody, keyed: Keyed | None) -> int:
+def seed_of(given: int | None, keyed: Keyed | None) -> int:
     """The seed asked for; else one of the request's own key, so that a long text that is not kept comes again."""
-    if body.seed is not None:
-        return body.seed
+    if given is not None:
+        return given
     if keyed is None:
         return new_seed()
     return int.from_bytes(hashlib.sha256(keyed.digest + keyed.key.encode()).digest()[:8]) % (MAX_SEED + 1)
@@ -191,8 +194,11 @@ async def begun(run: Run) -> Reader:
 
 async def answer(reader: Reader, body: GenerateBody, session_id: str | None) -> Response:
     """A run as a stream, or as JSON at its end."""
-    if body.stream:
-        return EventStream(b"", reader)
+    return EventStream(b"", reader) if body.stream else await whole_answer(reader, body, session_id)
+
+
+async def whole_answer(reader: Reader, body: GenerateBody, session_id: str | None) -> Response:
+    """A run as JSON at its end."""
     try:
         done = await reader.finish()
     finally:
@@ -229,16 +235,24 @@ def _generated(
 # ---------------------------------------------------------------------- answered before
 
 
-async def replay_generate(request: Request, reply: Reply, body: GenerateBody) -> Response:
+async def replay_generate(request: HTTPConnection, reply: Reply, body: GenerateBody) -> Response:
     """What a generate has made; one that runs or is suspended is joined and goes on to its end."""
+    found = await recalled(request, reply, body.stream)
+    if isinstance(found, Replay):
+        return replayed(stream(found))
+    return replayed(await _replay_ended(request, found, body))
+
+
+async def recalled(request: HTTPConnection, reply: Reply, live: bool) -> "Replay | Ended":
+    """What a generate has made, at its end; or if `live` and it is not there yet, what it has and what follows."""
     kept: Reply | None = reply
     for _ in range(MAX_JOINS):
         if kept is None or not kept.pending:
             break
         joined = await _join(request, kept)
         with suppress(Race):  # somebody else has moved the session: the key says how the generate ended
-            if joined is not None and body.stream:
-                return replayed(await stream(joined))
+            if joined is not None and live:
+                return await followed(joined)
             if joined is not None and joined.reader is not None:
                 try:
                     await joined.reader.finish()
@@ -248,10 +262,10 @@ async def replay_generate(request: Request, reply: Reply, body: GenerateBody) ->
         kept = await sessions_of(request).replies.find(key_of(reply.scope), reply.key)
     if kept is None or kept.pending or kept.generation is None or kept.head is None:
         raise Problem("log_truncated", "what the generate made is not in the log any more")
-    return replayed(await _replay_ended(request, kept, kept.head, kept.generation, body))
+    return Ended(kept, kept.head, kept.generation)
 
 
-async def _join(request: Request, reply: Reply) -> Replay | None:
+async def _join(request: HTTPConnection, reply: Reply) -> Replay | None:
     """A reader of the generate that a pending reply is about; None when the session has gone on from it."""
     sessions, key = sessions_of(request), key_of(reply.scope)
     head = await sessions.stored(key)
@@ -270,19 +284,32 @@ async def _join(request: Request, reply: Reply) -> Replay | None:
     return None
 
 
-async def _replay_ended(
-    request: Request, reply: Reply, head: Head, generation: Generation, body: GenerateBody
-) -> Response:
-    history = history_of(request)
-    tokens, rest = await history.tokens(key_of(reply.scope), reply, generation)
+async def _replay_ended(request: HTTPConnection, ended: "Ended", body: GenerateBody) -> Response:
+    tokens, rest = await ended.tokens(request, 0 if body.stream else body.logprobs or 0)
+    head, generation = ended.head, ended.generation
     if body.stream:
         blocks = _token_blocks(head.epoch, tokens)
         return EventStream(blocks + _done_block(head.epoch, generation, rest))
-    if body.logprobs:
-        tokens = await history.with_alternatives(key_of(reply.scope), reply, tokens, body.logprobs)
     text = "".join(token.text for token in tokens) + rest
     at = msgspec.structs.replace(head, position=generation.end or head.position)
-    return JsonResponse(_generated(reply.scope, at, generation.created, text, tokens, generation, body))
+    return JsonResponse(_generated(ended.reply.scope, at, generation.created, text, tokens, generation, body))
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A generate at its end, as its key has kept it."""
+
+    reply: Reply
+    head: Head
+    generation: Generation
+
+    async def tokens(self, request: HTTPConnection, alternatives: int) -> tuple[list[Token], str]:
+        """Its tokens, with so many likely symbols at each, and the text that was held back at its end."""
+        history, key = history_of(request), key_of(self.reply.scope)
+        tokens, rest = await history.tokens(key, self.reply, self.generation)
+        if alternatives:
+            tokens = await history.with_alternatives(key, self.reply, tokens, alternatives)
+        return tokens, rest
 
 
 def _ending(generation: Generation | None, tokens: int) -> dict[str, Any]:
@@ -310,20 +337,26 @@ async def events(
 
     async def rest() -> Response:
         replay = await sessions.events(key_of(session_id), epoch, position)
-        return await stream(replay) if replay is not None else Response(status_code=204)
+        return stream(await followed(replay)) if replay is not None else Response(status_code=204)
 
     return await while_connected(request, sessions.replies.again(rest))
 
 
-async def stream(replay: Replay) -> Response:
-    """A replay as a stream, once it is known not to fail at once."""
-    blocks = _token_blocks(replay.head.epoch, replay.tokens)
+async def followed(replay: Replay) -> Replay:
+    """The replay, once it is known not to fail at once."""
     if replay.reader is not None:
         try:
             await replay.reader.begun()
         except BaseException:
             replay.reader.close()
             raise
+    return replay
+
+
+def stream(replay: Replay) -> Response:
+    """A replay as a stream."""
+    blocks = _token_blocks(replay.head.epoch, replay.tokens)
+    if replay.reader is not None:
         return EventStream(blocks, replay.reader, replay.after)
     assert replay.head.generation is not None
     return EventStream(blocks + _done_block(replay.head.epoch, replay.head.generation, replay.rest))
@@ -341,15 +374,12 @@ def _event_id(given: str | None) -> tuple[int, int, bool]:
 # ---------------------------------------------------------------------- events
 
 
-class EventStream(Response):
-    """Server-sent events: what the log has, then what a run draws, until its end or until the client leaves."""
+class Stream(Response):
+    """Server-sent events, until their end or until the client leaves; a ping when there was nothing for a while."""
 
-    def __init__(self, replayed: bytes, reader: Reader | None = None, after: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__(None, 200, HEADERS, "text/event-stream")
         del self.headers["content-length"]
-        self._replayed = replayed
-        self._reader = reader
-        self._after = after
         self._quiet = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -357,31 +387,21 @@ class EventStream(Response):
         pinging = asyncio.ensure_future(self._ping(send))
         try:
             with departures_of(scope).watch(receive, long=True):
-                await self._send(send)
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await self.write(send)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except ClientLeft:
             pass  # nobody can be told
         finally:
             pinging.cancel()
-            if self._reader is not None:
-                self._reader.close()
+            self.close()
 
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        if self._replayed:
-            await self._send_part(send, self._replayed)
-        if self._reader is not None:
-            await self._follow(self._reader, send)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    async def write(self, send: Send) -> None:
+        """Send the events."""
+        raise NotImplementedError
 
-    async def _follow(self, reader: Reader, send: Send) -> None:
-        """What came together is sent together."""
-        while tokens := await reader.next():
-            if tokens[0].position <= self._after:
-                tokens = [token for token in tokens if token.position > self._after]
-            if tokens:
-                await self._send_part(send, _token_blocks(reader.run.epoch, tokens))
-        if (end := _end_block(reader.run)) is not None:
-            await self._send_part(send, end)
+    def close(self) -> None:
+        """Nothing more is sent."""
 
     async def _ping(self, send: Send) -> None:
         """Send a comment whenever nothing else was sent for a while."""
@@ -389,11 +409,38 @@ class EventStream(Response):
             self._quiet = True
             await asyncio.sleep(PING_S)
             if self._quiet:
-                await self._send_part(send, b": ping\n")
+                await self.send_part(send, b": ping\n")
 
-    async def _send_part(self, send: Send, body: bytes) -> None:
+    async def send_part(self, send: Send, body: bytes) -> None:
+        """Send whole events."""
         self._quiet = False
         await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class EventStream(Stream):
+    """What the log has of a generate, then what a run draws."""
+
+    def __init__(self, replayed: bytes, reader: Reader | None = None, after: int = 0) -> None:
+        super().__init__()
+        self._replayed = replayed
+        self._reader = reader
+        self._after = after
+
+    def close(self) -> None:
+        """Read no more."""
+        if self._reader is not None:
+            self._reader.close()
+
+    async def write(self, send: Send) -> None:
+        """Send the tokens, and the end."""
+        if self._replayed:
+            await self.send_part(send, self._replayed)
+        if self._reader is None:
+            return
+        while tokens := await self._reader.after(self._after):  # what came together is sent together
+            await self.send_part(send, _token_blocks(self._reader.run.epoch, tokens))
+        if (end := _end_block(self._reader.run)) is not None:
+            await self.send_part(send, end)
 
 
 def _end_block(run: Run) -> bytes | None:
@@ -410,13 +457,13 @@ def _end_block(run: Run) -> bytes | None:
 
 def _token_blocks(epoch: int, tokens: Sequence[Token]) -> bytes:
     return "".join(
-        [
-            f"event: token\nid: {epoch}.{token.position}\n"
-            f'data: {{"position":{token.position},"token":{token.token},"text":{_json(token.text)},'
-            f'"logprob":{token.logprob}}}\n\n'
-            for token in tokens
-        ]
+        [f"event: token\nid: {epoch}.{token.position}\ndata: {token_data(token)}\n\n" for token in tokens]
     ).encode()
+
+
+def token_data(token: Token) -> str:
+    """What is told of a token, as JSON."""
+    return f'{{"position":{token.position},"token":{token.token},"text":{_json(token.text)},"logprob":{token.logprob}}}'
 
 
 @lru_cache(4096)
@@ -425,12 +472,17 @@ def _json(text: str) -> str:
 
 
 def _done_block(epoch: int, generation: Generation, rest: str) -> bytes:
+    return _block("done", f"{epoch}.{generation.end}-end", done_data(epoch, generation, rest))
+
+
+def done_data(epoch: int, generation: Generation, rest: str) -> dict[str, Any]:
+    """What is told of a generate's end."""
     assert generation.end is not None
     ending = _ending(generation, generation.end - generation.start)
     data = {"finish_reason": ending["finish_reason"], "epoch": epoch, "position": generation.end}
     if rest:
         data["text"] = rest
-    return _block("done", f"{epoch}.{generation.end}-end", data | {"usage": ending["usage"]})
+    return data | {"usage": ending["usage"]}
 
 
 def _block(event: str, event_id: str | None, data: dict[str, Any]) -> bytes:

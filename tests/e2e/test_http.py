@@ -666,6 +666,8 @@ ROUTES = {
     ("get", "/v1/sessions/{session_id}/log"),
     ("get", "/v1/sessions/{session_id}/state"),
     ("put", "/v1/sessions/{session_id}/state"),
+    ("get", "/v1/sessions/{session_id}/ws"),
+    ("post", "/v1/completions"),
     ("post", "/v1/models/reload"),
     ("get", "/healthz"),
     ("get", "/readyz"),
