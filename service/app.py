@@ -10,7 +10,20 @@ from fastapi_swagger import patch_fastapi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
-from service.api import bulk, errors, history, models, openai, operations, sessions, shortcuts, streaming, websocket
+from service.api import (
+    bulk,
+    errors,
+    history,
+    models,
+    oip,
+    openai,
+    operations,
+    sessions,
+    shortcuts,
+    streaming,
+    websocket,
+)
+from service.api.oip.tallies import Tallies
 from service.api.requests import Departures
 from service.history import History
 from service.registry import Registry
@@ -67,7 +80,8 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     app.state.settings = settings
     app.state.store = store
     app.state.departures = Departures()
-    for module in (models, sessions, streaming, websocket, bulk, openai, history, operations):
+    app.state.tallies = Tallies()
+    for module in (models, sessions, streaming, websocket, bulk, openai, oip, history, operations):
         app.include_router(module.router)
     # The page's scripts come from here: FastAPI's own come from a CDN, and many services run without a way out.
     patch_fastapi(app, redirect_from_root_to_docs=False)

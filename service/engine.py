@@ -110,6 +110,8 @@ class Engine:
         self._ahead: deque[Ahead] = deque()
         self._queued_steps = 0
         self._stopping = False
+        self.calls: dict[int, tuple[int, float]] = {}
+        """calls of the graph by their number of rows: (how many, seconds in all)"""
         labels = (self.manifest.name, str(self.manifest.version))
         self._steps = metrics.STEPS.labels(*labels)
         self._tokens = metrics.TOKENS.labels(*labels)
@@ -305,6 +307,8 @@ class Engine:
         self._scheduler.pace.took(batch.draws, width, batch.steps, seconds)
         self._run_seconds.observe(seconds)
         self._batch_rows.observe(width)
+        count, total = self.calls.get(width, (0, 0.0))
+        self.calls[width] = (count + 1, total + seconds)
         self._steps.inc(batch.steps * width)
 
     def _together(self, act: Callable[[list[Work], int], float], works: list[Work], steps: int) -> float:

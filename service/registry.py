@@ -58,6 +58,7 @@ class Registry:
         self._models: dict[str, dict[int, Model]] = {}
         self.problems: dict[str, str] = {}
         self._reloading = threading.Lock()
+        self._unloaded: set[tuple[str, int]] = set()
         for path in _bundle_paths(settings.models_dir):
             self._load(path)
 
@@ -67,14 +68,46 @@ class Registry:
             report = Reloaded()
             paths = {(p.parent.name, int(p.name)): p for p in _bundle_paths(self._settings.models_dir)}
             self.problems = {}
+            self._unloaded &= paths.keys()
             for (name, version), path in paths.items():
-                self._renew(name, version, path, report)
+                if (name, version) not in self._unloaded:
+                    self._renew(name, version, path, report)
             for name, versions in self.versions().items():
                 for version in versions:
                     if (name, version) not in paths:
                         self._let_go(name, version, report)
             report.skipped = dict(self.problems)
             return report
+
+    def load(self, name: str) -> Reloaded:
+        """Load every version of a model that lies in the models folder; raises Problem when none does."""
+        with self._reloading:
+            report = Reloaded()
+            paths = {int(p.name): p for p in _bundle_paths(self._settings.models_dir) if p.parent.name == name}
+            if not paths:
+                raise Problem("model_not_found", f"there is no model {name[:64]!r} in the models folder")
+            self._unloaded -= {(name, version) for version in paths}
+            self.problems = {path: why for path, why in self.problems.items() if path.partition("/")[0] != name}
+            for version, path in paths.items():
+                self._renew(name, version, path, report)
+            report.skipped = {path: why for path, why in self.problems.items() if path.partition("/")[0] == name}
+            return report
+
+    def unload(self, name: str) -> Reloaded:
+        """Let go of every version of a model that no session lives on, until it is loaded again or the next start."""
+        with self._reloading:
+            report = Reloaded()
+            self.get(name)
+            for version in self.versions()[name]:
+                self._let_go(name, version, report)
+                if version not in self._models.get(name, {}):
+                    self._unloaded.add((name, version))
+            return report
+
+    @property
+    def unloaded(self) -> list[tuple[str, int]]:
+        """The versions that were let go of although they lie in the models folder."""
+        return sorted(self._unloaded)
 
     def _renew(self, name: str, version: int, path: Path, report: Reloaded) -> None:
         loaded = self._models.get(name, {}).get(version)

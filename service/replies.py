@@ -25,11 +25,16 @@ class Replies:
         self._claims: dict[Key, Turn] = {}
 
     async def once(
-        self, keyed: Keyed | None, fresh: Callable[[], Awaitable[T]], replay: Callable[[Reply], Awaitable[T]]
+        self,
+        keyed: Keyed | None,
+        fresh: Callable[[], Awaitable[T]],
+        replay: Callable[[Reply], Awaitable[T]],
+        holds: Callable[[Reply], Awaitable[bool]] | None = None,
     ) -> T:
         """What the key was answered before, or else the fresh answer; a second request waits for the first.
 
         After a lost race the key is looked up again, and the work is tried again if nothing of it was kept.
+        `holds` says whether what was kept still counts; by default it always does.
         """
         if keyed is None:
             return await self.again(fresh)
@@ -38,7 +43,7 @@ class Replies:
 
             async def found_or_fresh() -> T:
                 found = await self.find((keyed.tenant, keyed.scope), keyed.key)
-                if found is None:
+                if found is None or (holds is not None and not await holds(found)):
                     return await fresh()
                 if found.digest != keyed.digest:
                     raise Problem("idempotency_key_reused", f"the key {keyed.key!r} was used for another request")

@@ -21,7 +21,7 @@ from service.registry import Model, Registry
 from service.replies import Replies
 from service.run import Race, Reader, Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
-from service.state import Array
+from service.state import Array, Row
 from service.store.base import UNREAD, Commit, Conflict, Generation, Head, Key, Store, tombstone
 from service.turns import Place, Turn
 from service.work.base import NewSession, Work, new_head
@@ -61,13 +61,16 @@ class Opening(msgspec.Struct, frozen=True):
     position: int | None = None
     ttl_s: int | None = None
     metadata: Mapping[str, object] | None = None
+    lives: bool | None = None
+    """whether the session must live already (True) or must not (False); None: either will do"""
 
 
 class Inputs(msgspec.Struct, frozen=True):
     """A sequence to feed, and what its answer shows."""
 
     given: object
-    shown: Literal["last", "all", "none"] = "last"
+    shown: Literal["last", "all", "none", "outputs"] = "last"
+    """outputs: those of every step, as the graph gave them, and no predictions"""
     alternatives: int = 5
     kept: Callable[[Model], KeptAnswer] | None = None
 
@@ -229,7 +232,7 @@ def show_together(event: Event) -> None:
     alike: dict[int, list[int]] = {}
     if sum(array[0].size for array in event.outputs.values()) <= SHOWN_TOGETHER:
         for i, feeding in enumerate(feedings):
-            if feeding.inputs.shown != "none":
+            if feeding.inputs.shown not in ("none", "outputs"):
                 alike.setdefault(feeding.inputs.alternatives, []).append(i)
     for alternatives, chosen in alike.items():
         try:
@@ -321,9 +324,15 @@ class Sessions:
 
         return await self.replies.again(fresh)
 
-    async def predict(self, model: Model, sequences: Sequence[Array], last_only: bool) -> list[Done]:
-        """Whole sequences from the initial state."""
-        return await self._do_all(model, [partial(Predict, entries=one, last_only=last_only) for one in sequences])
+    async def predict(
+        self, model: Model, sequences: Sequence[Array], last_only: bool, rows: Sequence[Row] | None = None
+    ) -> list[Done]:
+        """Whole sequences, each from the initial state or from its own of `rows`."""
+        begins = rows if rows is not None else [None] * len(sequences)
+        pairs = zip(sequences, begins, strict=True)
+        return await self._do_all(
+            model, [partial(Predict, entries=e, last_only=last_only, row=row) for e, row in pairs]
+        )
 
     # ------------------------------------------------------------------ changing
 
@@ -379,10 +388,20 @@ class Sessions:
         async with self.turn(key, urgent=True):
             head = await self.stored(key) or head
             if head.status == "live":
-                head = await self.abandon(head)
-                await self.put(Commit(tombstone(head, "closed"), head.fence))
-                self.forget(head)
+                await self._entomb(head)
             return head
+
+    async def _entomb(self, head: Head) -> None:
+        head = await self.abandon(head)
+        await self.put(Commit(tombstone(head, "closed"), head.fence))
+        self.forget(head)
+
+    async def end(self, head: Head) -> None:
+        """Close the life that a head is of, if it lives yet; another one under the same id is left alone."""
+        async with self.turn(head.key, urgent=True):
+            newest = await self.stored(head.key)
+            if newest is not None and newest.status == "live" and newest.life == head.life:
+                await self._entomb(newest)
 
     def forget(self, head: Head) -> None:
         """Drop a session from its engine's memory."""
@@ -456,7 +475,7 @@ class Sessions:
             self._outbox.step(model.engine, feeding)
         else:
             kept = inputs.kept(model) if inputs.kept is not None else None
-            feeding.work = Feed(feeding, at, entries, inputs.shown != "all", kept)
+            feeding.work = Feed(feeding, at, entries, inputs.shown not in ("all", "outputs"), kept)
             self._outbox.put(model.engine, (feeding.work,))
         return feeding
 
@@ -602,9 +621,11 @@ class Sessions:
     def _opened(self, key: Key, opening: Opening, head: Head | None) -> tuple[Model, Head | NewSession]:
         """The live session and its model, or what a new one begins with; raises Problem when neither can be."""
         if head is None or head.status != "live":
-            if opening.model is None or opening.position not in (None, 0):
+            if opening.model is None or opening.lives or opening.position not in (None, 0):
                 live(key, head)
             return self.registry.get(opening.model or "", opening.version), self._new(key, opening)
+        if opening.lives is False:
+            raise Problem("session_exists", f"session {key[1]!r} lives", position=head.position)
         if opening.model not in (None, head.model) or opening.version not in (None, head.version):
             raise Problem("model_mismatch", f"session {key[1]!r} is of {head.model} version {head.version}")
         if opening.position not in (None, head.position):

@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     session_ttl_s: int = Field(default=0, ge=0, le=10**9, description="idle seconds until a session expires, 0: never")
     ws_idle_s: float = Field(default=3600, gt=0, le=10**9, description="idle seconds until a WebSocket is closed")
     session_wait_ms: int = Field(default=30_000, ge=1, description="how long an operation waits for its session")
+    oip_start: Literal["refuse", "restart"] = Field(
+        default="refuse", description="what a sequence_start on a live sequence does: refuse, or end that one first"
+    )
+    oip_idle_s: int = Field(
+        default=86_400, ge=1, le=10**9, description="idle seconds until a sequence begun on /v2 expires"
+    )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="greatest request body")
     max_tokens: int = Field(default=100_000, ge=1, description="greatest max_tokens of a generate")
     grace_s: float = Field(default=10.0, ge=0, le=3600, description="seconds to finish what runs at SIGTERM")

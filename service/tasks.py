@@ -46,9 +46,27 @@ class Codec:
 
     def encode(self, inputs: object, pointer: str = "/inputs") -> Array:
         """Inputs of a request as entries [n] or [n, F]; NaN where a null waits for `fill`."""
+        if isinstance(inputs, np.ndarray):
+            return self._encode_array(inputs, pointer)
         entries = self._encode_symbols(inputs, pointer) if self.symbolic else self._encode_values(inputs, pointer)
         if len(entries) == 0:
             raise invalid("at least one step is needed", pointer)
+        return entries
+
+    def _encode_array(self, array: Array, pointer: str) -> Array:
+        """Entries that come as an array already: at least one, of their shape, and numbers that the model knows."""
+        if array.shape[1:] != self.entry_shape or not len(array):
+            raise invalid(f"steps have the shape {list(self.entry_shape)}, and at least one is needed", pointer)
+        if self.symbolic:
+            odd = np.flatnonzero((array < 0) | (array >= len(self.manifest.symbols)))
+            if len(odd):
+                detail = f"id {array[odd[0]]} (number {odd[0]}, from 0) is not in 0..{len(self.manifest.symbols) - 1}"
+                raise Problem("unknown_symbol", detail, pointer, index=int(odd[0]))
+            return array.astype(self.entry_dtype)
+        with np.errstate(over="ignore"):  # what does not fit is found as infinite
+            entries = array.astype(self.entry_dtype)
+        if not np.isfinite(entries).all():
+            raise invalid("every value must be finite and fit a 32-bit float", pointer)
         return entries
 
     def _encode_symbols(self, inputs: object, pointer: str) -> Array:

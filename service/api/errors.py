@@ -46,6 +46,7 @@ STATUS: dict[str, tuple[int, str]] = {
     "skipped": (424, "Skipped"),
     "session_busy": (429, "Session busy"),
     "internal": (500, "Internal error"),
+    "not_supported": (501, "Not supported"),
     "numeric_fault": (500, "Numeric fault"),
     "overloaded": (503, "Overloaded"),
     "not_ready": (503, "Not ready"),
@@ -66,6 +67,21 @@ def document(problem: Problem) -> dict[str, Any]:
     }
 
 
+def open_inference_status(code: str, status: int) -> int:
+    """The status that the Open Inference Protocol has for a problem: Triton knows no others.
+
+    Source: triton-inference-server/server, where what is neither missing, unavailable nor a defect is 400.
+    """
+    if code == "session_not_found" or status in (409, 410, 422, 424):
+        return 400
+    return 503 if status == 429 else status
+
+
+def _as_open_inference(body: dict[str, Any]) -> dict[str, Any]:
+    """The document as that protocol's clients need it: with a string `error`, which is what they show."""
+    return {**body, "status": open_inference_status(body["code"], body["status"]), "error": body["detail"]}
+
+
 def openai_error(problem: Problem) -> dict[str, Any]:
     """The problem as OpenAI's clients read it."""
     status, _ = STATUS[problem.code]
@@ -78,6 +94,8 @@ def openai_error(problem: Problem) -> dict[str, Any]:
 def answer(problem: Problem, path: str = "") -> Response:
     """The problem as an HTTP answer, in the form that the clients of a path know."""
     body = document(problem)
+    if path == "/v2" or path.startswith("/v2/"):
+        body = _as_open_inference(body)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if body["status"] in (429, 503) else {}
     if path.startswith(OPENAI):
         body["error"] = openai_error(problem)
@@ -121,7 +139,7 @@ def problem_from(error: Exception) -> Problem:
 
 
 def answer_to(error: Exception, path: str = "") -> Response:
-    """The answer to a request that ended with an error."""
+    """The answer to a request of `path` that ended with an error."""
     if isinstance(error, ClientLeft):
         return Response(status_code=499)
     found = answer(problem_from(error), path)

@@ -27,14 +27,7 @@ async def healthz() -> Response:
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
     """Models are loaded, the store can be written and the service is not stopping; names what is wrong."""
-    state = request.app.state
-    problems: dict[str, object] = {}
-    if (failure := await asyncio.to_thread(state.store.check)) is not None:
-        problems["store"] = failure
-    if state.sessions.draining:
-        problems["stopping"] = True
-    if not state.registry.versions():
-        problems["models"] = f"no model could be loaded from {state.settings.models_dir.name!r}"
+    state, problems = request.app.state, await unready(request)
     body = {
         "status": "ready" if not problems else "not ready",
         "problems": problems,
@@ -49,6 +42,19 @@ async def readyz(request: Request) -> Response:
     }
     headers = {"Retry-After": str(RETRY_AFTER_S)} if problems else None
     return JsonResponse(body, 503 if problems else 200, headers)
+
+
+async def unready(request: Request) -> dict[str, object]:
+    """What keeps the service from being ready, by what is wrong."""
+    state = request.app.state
+    problems: dict[str, object] = {}
+    if (failure := await asyncio.to_thread(state.store.check)) is not None:
+        problems["store"] = failure
+    if state.sessions.draining:
+        problems["stopping"] = True
+    if not state.registry.versions():
+        problems["models"] = f"no model could be loaded from {state.settings.models_dir.name!r}"
+    return problems
 
 
 @router.get("/metrics")

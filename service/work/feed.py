@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from service import state
-from service.state import Array
+from service.state import Array, Row
 from service.store.base import Commit, Generation, Head, Reply
 from service.tasks import Output
 from service.work.base import Host, NewSession, Resident, SessionWork, Work, length_of
@@ -35,6 +34,8 @@ class KeptAnswer:
     keyed: Keyed
     write: Callable[[Done], dict[str, object]]
     """what is answered; called on the engine's thread"""
+    most: int = MAX_BODY_KEPT
+    """bytes; of a longer answer the predictions are left out"""
 
     def reply(self, done: Done, start: int) -> Reply:
         """The answer as it is committed with the step: whole, or to be worked out again from the entries."""
@@ -43,7 +44,7 @@ class KeptAnswer:
         answer = self.write(done)
         body = msgspec.json.encode(answer)
         scope, key, digest = self.keyed.scope, self.keyed.key, self.keyed.digest
-        if len(body) <= MAX_BODY_KEPT:
+        if len(body) <= self.most:
             return Reply(scope, key, digest, "body", body=body)
         body = msgspec.json.encode(answer | {"predictions": []})
         return Reply(
@@ -84,17 +85,18 @@ class Kept:
 
 
 class Predict(Work):
-    """A whole sequence from the initial state, without a session."""
+    """A whole sequence from the initial state or a given one, without a session."""
 
-    def __init__(self, listener: Listener, entries: Array, last_only: bool) -> None:
+    def __init__(self, listener: Listener, entries: Array, last_only: bool, row: Row | None = None) -> None:
         super().__init__(listener, len(entries))
         self.entries = entries
+        self._begins_with = row
         self._count = 1 if last_only else len(entries)
         self._kept = Kept(self._count)
 
     def begin(self, host: Host) -> None:
-        """Start from the initial state."""
-        self.row = state.initial_row(host.manifest.states)
+        """Start from the initial state, or from the one that is given."""
+        self.row = self._begins_with if self._begins_with is not None else host.initial_row
         self.entries = host.codec.fill(self.entries, None)
 
     def keep(self, outputs: Output) -> None:
