@@ -73,6 +73,8 @@ class Inputs(msgspec.Struct, frozen=True):
     """outputs: those of every step, as the graph gave them, and no predictions"""
     alternatives: int = 5
     kept: Callable[[Model], KeptAnswer] | None = None
+    closes: bool = False
+    """the session is closed in the same commit"""
 
     def check(self, model: Model, steps: int) -> None:
         """Raise Problem when the answer would be too large."""
@@ -471,11 +473,11 @@ class Sessions:
 
     def _feed(self, place: Place, model: Model, at: Head | NewSession, entries: Array, inputs: Inputs) -> Feeding:
         feeding = Feeding(model, inputs, place, at, entries)
-        if len(entries) == 1 and inputs.kept is None:
+        if len(entries) == 1 and inputs.kept is None and not inputs.closes:
             self._outbox.step(model.engine, feeding)
         else:
             kept = inputs.kept(model) if inputs.kept is not None else None
-            feeding.work = Feed(feeding, at, entries, inputs.shown not in ("all", "outputs"), kept)
+            feeding.work = Feed(feeding, at, entries, inputs.shown not in ("all", "outputs"), kept, inputs.closes)
             self._outbox.put(model.engine, (feeding.work,))
         return feeding
 

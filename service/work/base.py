@@ -246,7 +246,8 @@ class Work:
         """Take what became of the commits; gives the sessions as they are in memory now (None: not any more)."""
         (result,) = results
         if isinstance(result, Applied):
-            return ((result.head.key, self.applied(result.head)),)
+            resident = self.applied(result.head)
+            return ((result.head.key, resident if result.head.status == "live" else None),)
         if isinstance(result, Problem):
             self.end(Failed(result))
         else:

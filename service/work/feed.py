@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from service.state import Array, Row
-from service.store.base import Commit, Generation, Head, Reply
+from service.store.base import Commit, Generation, Head, Reply, tombstone
 from service.tasks import Output
 from service.work.base import Host, NewSession, Resident, SessionWork, Work, length_of
 from service.work.events import Done, Listener
@@ -111,12 +111,19 @@ class Predict(Work):
 
 
 class Feed(SessionWork):
-    """Feed a sequence: all of it is committed once, after its last entry is folded."""
+    """Feed a sequence: all of it is committed once, after its last entry is folded; with `closes` so is its end."""
 
     def __init__(
-        self, listener: Listener, at: Head | NewSession, entries: Array, last_only: bool, kept: KeptAnswer | None = None
+        self,
+        listener: Listener,
+        at: Head | NewSession,
+        entries: Array,
+        last_only: bool,
+        kept: KeptAnswer | None = None,
+        closes: bool = False,
     ) -> None:
         super().__init__(listener, len(entries), at)
+        self._closes = closes
         self._fed = entries
         self._count = 1 if last_only else len(entries)
         self._outputs = Kept(self._count)
@@ -144,10 +151,14 @@ class Feed(SessionWork):
         )
         outputs, before = self._outputs.take(self._count)
         self._done = Done(head, outputs, before, entries=self._fed, created=self._created)
-        commit = self.committed(head, self.segment(self._fed, start, "fed"))
+        # Of a session that is closed nobody reads the log: nothing is added to it.
+        commit = self.committed(head, self.segment(self._fed, start, "fed")) if not self._closes else self._last(head)
         if self._kept is None:
             return commit
         return msgspec.structs.replace(commit, reply=self._kept.reply(self._done, start))
+
+    def _last(self, head: Head) -> Commit:
+        return Commit(tombstone(head, "closed"), self.expected)
 
     def applied(self, head: Head) -> Resident:
         """Answer."""

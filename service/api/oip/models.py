@@ -6,11 +6,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.api.oip import formats
+from service.api.oip.exchange import inputs_of, outputs_of
 from service.api.oip.formats import ModelPath, VersionPath, described
 from service.api.oip.tensors import Spec, datatype
 from service.api.operations import unready
 from service.api.responses import JsonResponse
-from service.bundle import Manifest, TensorSpec
 from service.errors import Problem, not_ready
 from service.registry import Model, Registry
 from service.settings import Settings
@@ -156,26 +156,6 @@ async def config(request: Request, name: str, version: int | None) -> Response:
             },
         }
     )
-
-
-def inputs_of(manifest: Manifest) -> list[Spec]:
-    """The model's inputs, batch first."""
-    return [_batch_first(spec) for spec in manifest.inputs]
-
-
-def outputs_of(manifest: Manifest) -> list[Spec]:
-    """The model's outputs, batch first."""
-    return [_batch_first(spec) for spec in manifest.outputs]
-
-
-def states_of(manifest: Manifest) -> tuple[list[Spec], list[Spec]]:
-    """The states before and after, batch first."""
-    before = [Spec(spec.input, spec.dtype, (-1, *spec.row_shape)) for spec in manifest.states]
-    return before, [Spec(spec.output, spec.dtype, (-1, *spec.row_shape)) for spec in manifest.states]
-
-
-def _batch_first(spec: TensorSpec) -> Spec:
-    return Spec(spec.name, spec.dtype, (-1, -1, *(axis for axis in spec.shape if isinstance(axis, int))))
 
 
 def _listed(spec: Spec) -> dict[str, Any]:
