@@ -250,6 +250,8 @@ class Commit(msgspec.Struct, frozen=True, array_like=True):
     """refused as a conflict when the key is taken, unless it is the pending reply of the head's own generate"""
     left: str = ""
     """the branch that the session was on before, if another; filled in by the store"""
+    over: int = 0
+    """the life whose kept answer to the same key does not count any more; 0: none"""
 
 
 class Applied(msgspec.Struct, frozen=True):
@@ -388,7 +390,7 @@ def holds(commit: Commit, stored: Head | None, source: Head | None, reply: Reply
             return False
         if live.origin > commit.head.origin:
             return False
-    if reply is None:
+    if reply is None or (commit.over and reply.life == commit.over):
         return True
     generation = stored.generation if stored is not None else None
     return reply.pending and generation is not None and generation.key == reply.key

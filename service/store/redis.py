@@ -566,7 +566,7 @@ class RedisStore:
             seen=stored.mark,
             commands=self._commands(stamped, stored.head, mark, now),
             source=_source(stamped),
-            reply=_claim(stamped.head.tenant, stamped.reply, stored.head),
+            reply=_claim(stamped.head.tenant, stamped.reply, stored.head, stamped.over),
             index=index,
             commit=stamped,
             mark=mark,
@@ -919,11 +919,11 @@ def _source(commit: Commit) -> Command:
     return (_head_key(key), source.epoch, _member(key), left, commit.head.origin if line else "inf")
 
 
-def _claim(tenant: str, reply: Reply | None, stored: Head | None) -> Command:
+def _claim(tenant: str, reply: Reply | None, stored: Head | None, over: int = 0) -> Command:
     """What the script asks of a kept answer's key: whether it is taken in this life, and not by the head's own."""
     if reply is None:
         return ("",)
-    life: Value = 0 if not reply.scope else stored.life if stored is not None else ""
+    life: Value = 0 if not reply.scope else stored.life if stored is not None and stored.life != over else ""
     generation = stored.generation if stored is not None else None
     mine = generation is not None and generation.key == reply.key
     return (_reply_keys(tenant, reply.scope)[0], reply.key, life, int(mine))

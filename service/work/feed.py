@@ -36,6 +36,8 @@ class KeptAnswer:
     """what is answered; called on the engine's thread"""
     most: int = MAX_BODY_KEPT
     """bytes; of a longer answer the predictions are left out"""
+    over: int = 0
+    """the life whose answer to the same key does not count any more"""
 
     def reply(self, done: Done, start: int) -> Reply:
         """The answer as it is committed with the step: whole, or to be worked out again from the entries."""
@@ -155,7 +157,7 @@ class Feed(SessionWork):
         commit = self.committed(head, self.segment(self._fed, start, "fed")) if not self._closes else self._last(head)
         if self._kept is None:
             return commit
-        return msgspec.structs.replace(commit, reply=self._kept.reply(self._done, start))
+        return msgspec.structs.replace(commit, reply=self._kept.reply(self._done, start), over=self._kept.over)
 
     def _last(self, head: Head) -> Commit:
         return Commit(tombstone(head, "closed"), self.expected)

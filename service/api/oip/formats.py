@@ -70,6 +70,24 @@ class RepositoryBody(_Given):
 # ---------------------------------------------------------------------- answers
 
 
+class Live(BaseModel):
+    """The process is alive."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """Requests are taken."""
+
+    ready: bool
+
+
+class ModelReady(Ready):
+    """The model is served."""
+
+    name: str
+
+
 class ServerMetadata(BaseModel):
     """The service."""
 
@@ -222,18 +240,17 @@ class Refusal(ErrorDocument):
 
 
 def described(what: str, schema: object, *codes: str) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI description of a route's answer (None: it never gives one) and of the errors it may give, by code."""
-    found: dict[int | str, dict[str, Any]] = {}
+    """The OpenAPI description of a route's answer (None: it is empty) and of the errors it may give, by code."""
+    found: dict[int | str, dict[str, Any]] = {200: {"description": what}} if what else {}
     if schema is not None:
-        found[200] = {"description": what, "model": schema}
+        found[200]["model"] = schema
     by_status: dict[int, list[str]] = {}
     for code in sorted({*codes, *ALWAYS}):
         by_status.setdefault(open_inference_status(code, STATUS[code][0]), []).append(code)
-    for status, its_codes in by_status.items():
-        found[status] = {
-            "description": ", ".join(f"`{code}`" for code in its_codes),
-            "content": {"application/problem+json": {"schema": Refusal.model_json_schema()}},
-        }
+    told: dict[int | str, str] = {s: ", ".join(f"`{code}`" for code in codes) for s, codes in by_status.items()}
+    schema_of_refusal = {"application/problem+json": {"schema": Refusal.model_json_schema()}}
+    for status, description in {**told, "default": "any other refusal"}.items():
+        found[status] = {"description": description, "content": schema_of_refusal}
     return found
 
 

@@ -28,6 +28,12 @@ EXTENSIONS = (
 )
 PLATFORM, BACKEND = "onnxruntime_onnx", "onnxruntime"
 
+REFUSED: dict[str, Any] = {
+    "status_code": 501,
+    "response_class": Response,
+    "responses": described("", None, "not_supported"),
+}
+
 Answer = Callable[[Request, str, int | None], Awaitable[Response]]
 
 
@@ -65,13 +71,13 @@ async def server(request: Request) -> Response:
     return JsonResponse({"name": "recurra", "version": request.app.version, "extensions": EXTENSIONS})
 
 
-@router.get("/health/live", responses=described("the process is alive", None))
+@router.get("/health/live", responses=described("the process is alive", formats.Live))
 async def live() -> Response:
     """The process is alive."""
     return JsonResponse({"live": True})
 
 
-@router.get("/health/ready", responses=described("requests are taken", None))
+@router.get("/health/ready", responses=described("requests are taken", formats.Ready))
 async def ready(request: Request) -> Response:
     """Models are loaded, the store can be written and the service is not stopping."""
     problems = await unready(request)
@@ -83,7 +89,7 @@ async def ready(request: Request) -> Response:
 # ---------------------------------------------------------------------- models
 
 
-@of_a_model(router, "GET", "/ready", responses=described("the model is served", None, "model_not_found"))
+@of_a_model(router, "GET", "/ready", responses=described("the model is served", formats.ModelReady, "model_not_found"))
 async def model_ready(request: Request, name: str, version: int | None) -> Response:
     """The model is loaded and the service is not stopping."""
     manifest = model_of(request, name, version).bundle.manifest
@@ -114,11 +120,10 @@ async def metadata(request: Request, name: str, version: int | None) -> Response
     model = model_of(request, name, version)
     manifest = model.bundle.manifest
     registry: Registry = request.app.state.registry
-    versions = registry.versions()[name] if version is None else [version]
     return JsonResponse(
         {
             "name": manifest.name,
-            "versions": [str(one) for one in versions],
+            "versions": [str(one) for one in registry.versions()[name]],
             "platform": PLATFORM,
             "inputs": [_listed(spec) for spec in inputs_of(manifest)],
             "outputs": [_listed(spec) for spec in outputs_of(manifest)],
@@ -204,24 +209,24 @@ def _duration(count: int, seconds: float) -> dict[str, int]:
     return {"count": count, "ns": round(seconds * 1e9)}
 
 
-@router.get("/logging", responses=described("", None, "not_supported"))
-@router.post("/logging", responses=described("", None, "not_supported"))
-@router.get("/trace/setting", responses=described("", None, "not_supported"))
-@router.post("/trace/setting", responses=described("", None, "not_supported"))
+@router.get("/logging", **REFUSED)
+@router.post("/logging", **REFUSED)
+@router.get("/trace/setting", **REFUSED)
+@router.post("/trace/setting", **REFUSED)
 async def settings_of_triton() -> Response:
     """Triton's own switches: not supported."""
     raise Problem("not_supported", "trace and logging settings are not supported: see RECURRA_LOG_LEVEL and /metrics")
 
 
-@router.get("/models/{model}/trace/setting", responses=described("", None, "not_supported"))
-@router.post("/models/{model}/trace/setting", responses=described("", None, "not_supported"))
+@router.get("/models/{model}/trace/setting", **REFUSED)
+@router.post("/models/{model}/trace/setting", **REFUSED)
 async def trace_of_a_model(model: ModelPath) -> Response:
     """Triton's trace of a model: not supported."""
     return await settings_of_triton()
 
 
-@router.get("/{kind}sharedmemory/{rest:path}", responses=described("", None, "not_supported"))
-@router.post("/{kind}sharedmemory/{rest:path}", responses=described("", None, "not_supported"))
+@router.get("/{kind}sharedmemory/{rest:path}", **REFUSED)
+@router.post("/{kind}sharedmemory/{rest:path}", **REFUSED)
 async def shared_memory(kind: str, rest: str) -> Response:
     """Tensors in shared memory: not supported."""
     raise Problem("not_supported", "shared memory is not supported: send the tensors in the body")

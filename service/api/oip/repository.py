@@ -39,6 +39,7 @@ def _entry(name: str, version: object, state: str, reason: str = "") -> dict[str
 
 @router.post(
     "/models/{model}/load",
+    response_class=Response,
     openapi_extra=body_of(RepositoryBody, required=False),
     responses=described("it is served", None, "model_not_found", "not_supported", "payload_too_large"),
 )
@@ -55,6 +56,7 @@ async def load(request: Request, model: ModelPath) -> Response:
 
 @router.post(
     "/models/{model}/unload",
+    response_class=Response,
     openapi_extra=body_of(RepositoryBody, required=False),
     responses=described("it is not served any more", None, "model_not_found", "not_supported", "payload_too_large"),
 )

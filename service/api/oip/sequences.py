@@ -134,6 +134,7 @@ class Sequence:
         self._asked = asked
         self._step = step
         self._keyed = self._keyed_of(data)
+        self._over = 0
         self._raw = self._outputs_of(arrays)
         self._array = self._steps(arrays)
 
@@ -181,9 +182,9 @@ class Sequence:
     async def _still_holds(self, reply: Reply) -> bool:
         """Whether an answer kept under a start's id is its own: a new life may use the ids of the one before again."""
         same = self._keyed is not None and reply.digest == self._keyed.digest
-        if await self._lives():
-            return same or not self._restarts
-        return same and self._step.end
+        holds = same or not self._restarts if await self._lives() else same and self._step.end
+        self._over = 0 if holds else reply.life
+        return holds
 
     @property
     def _restarts(self) -> bool:
@@ -211,7 +212,7 @@ class Sequence:
     def _kept(self, model: Model) -> KeptAnswer:
         assert self._keyed is not None
         most = MOST_KEPT_OF_AN_END if self._step.end else MAX_BODY_KEPT
-        return KeptAnswer(self._keyed, self._answer_kept, most)
+        return KeptAnswer(self._keyed, self._answer_kept, most, self._over)
 
     def _answer_kept(self, done: Done) -> dict[str, object]:
         outputs = {name: np.ascontiguousarray(done.outputs[name]).tobytes() for name in self._raw}
