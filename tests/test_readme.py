@@ -108,6 +108,17 @@ def test_the_demonstration_prints_what_the_readme_shows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_lines_for_tritons_client_run_twice_in_a_row(tmp_path: Path) -> None:
+    (lines,) = blocks(section("With Triton's client"), "python")
+    with served(tmp_path) as where:
+        script = [sys.executable, "-W", "error", "-c", lines.replace(HERE, where)]
+        first, again = (subprocess.run(script, capture_output=True, text=True, timeout=120) for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert [line.split()[0] for line in first.stdout.splitlines()] == ["3", "6"]
+    assert again.stdout == first.stdout
+
+
+@pytest.mark.slow
 def test_the_requests_of_the_durability_page_pass_twice_in_a_row(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
     requests = "".join(block for block in blocks(page, "bash") if "curl " in block)

@@ -185,8 +185,9 @@ def _of_numbers(tensor: Tensor, spec: Spec, pointer: str) -> Array:
     if tensor.data is None:
         raise invalid(f"input {spec.name!r} has neither `data` nor `binary_data_size`", pointer)
     numbers = tensor.data
-    while numbers and set(map(type, numbers)) == {list}:
-        numbers = list(chain.from_iterable(numbers))
+    for _ in tensor.shape[1:]:
+        if set(map(type, numbers)) == {list}:
+            numbers = list(chain.from_iterable(numbers))
     dtype = DTYPES[spec.dtype]
     takes: set[type] = {int, float} if dtype.kind == "f" else {bool} if dtype.kind == "b" else {int}
     if not set(map(type, numbers)) <= takes:
