@@ -176,3 +176,45 @@ def test_a_graph_names_its_version(serving: Registry) -> None:
         with pytest.raises(Problem) as refused:
             serving.with_graph(name, graph)
         assert refused.value.code == "state_mismatch"
+
+
+# ---------------------------------------------------------------------- letting go by name
+
+
+def test_a_model_is_unloaded_until_it_is_loaded_again(serving: Registry) -> None:
+    assert serving.unload("tiny-tags") == Reloaded(unloaded=["tiny-tags/1", "tiny-tags/2"])
+    assert list(serving.versions()) == ["tiny-single"] and serving.unloaded == [("tiny-tags", 1), ("tiny-tags", 2)]
+    assert serving.reload() == Reloaded() and list(serving.versions()) == ["tiny-single"]
+    assert serving.load("tiny-tags") == Reloaded(loaded=["tiny-tags/1", "tiny-tags/2"])
+    assert list(serving.versions()["tiny-tags"]) == [1, 2] and serving.unloaded == []
+    assert serving.load("tiny-tags") == Reloaded()
+
+
+def test_a_version_that_sessions_live_on_is_not_unloaded(serving: Registry, store: MemoryStore) -> None:
+    store.commit([Commit(head(serving, 1), None)])
+    assert serving.unload("tiny-tags") == Reloaded(unloaded=["tiny-tags/2"], kept=["tiny-tags/1"])
+    assert serving.of(head(serving, 1)).bundle.manifest.version == 1 and serving.unloaded == [("tiny-tags", 2)]
+
+
+def test_what_is_unloaded_and_then_deleted_is_forgotten(serving: Registry, folder: Path) -> None:
+    serving.unload("tiny-single")
+    shutil.rmtree(folder / "tiny-single")
+    serving.reload()
+    assert serving.unloaded == []
+
+
+def test_loading_says_what_could_not_be_loaded(serving: Registry, folder: Path, models: Path) -> None:
+    broken = copied(models / "tiny-tags" / "1", folder / "tiny-tags" / "3")
+    (broken / "model.onnx").write_bytes(b"")
+    report = serving.load("tiny-tags")
+    assert list(report.skipped) == ["tiny-tags/3"] == list(serving.problems) and report.loaded == []
+    shutil.rmtree(broken)
+    assert serving.load("tiny-tags") == Reloaded() and serving.problems == {}
+
+
+@pytest.mark.parametrize("name", ["nothing", "..", "tiny-tags/1", ""])
+def test_only_what_is_there_is_loaded_or_unloaded(name: str, serving: Registry) -> None:
+    for act in (serving.load, serving.unload):
+        with pytest.raises(Problem) as refused:
+            act(name)
+        assert refused.value.code == "model_not_found"

@@ -112,6 +112,46 @@ def test_a_feed_that_loses_a_race_is_run_again_on_what_won(races: int, run: Run,
     assert logged(store) == [a, b, *[OTHER] * races, j, j]
 
 
+def test_a_last_feed_that_loses_a_race_closes_after_what_won(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> Head:
+        await feed(sessions, "ab")
+        store.races = 2
+        last = Inputs("jj", "outputs", closes=True)
+        return (await sessions.replies.again(lambda: sessions.feed(KEY, last, NEW))).head
+
+    closed = run(work)
+    assert (closed.status, closed.position) == ("closed", 6) and store.head(KEY) == closed
+
+
+def test_a_life_is_ended_once_and_another_is_left_alone(run: Run, store: Contested) -> None:
+    async def work(sessions: Sessions) -> None:
+        await feed(sessions, "ab")
+        first = await sessions.head(KEY)
+        store.races = 1
+        await sessions.replies.again(lambda: sessions.end(first))
+        await sessions.end(first)
+        assert await feed(sessions, "abc", Opening("tiny-letters", lives=False)) == 3
+        await sessions.end(first)
+        assert (await sessions.head(KEY)).position == 3
+
+    run(work)
+
+
+def test_an_opening_may_want_a_life_or_none(run: Run) -> None:
+    async def refusal(sessions: Sessions, lives: bool) -> str:
+        with pytest.raises(Problem) as found:
+            await feed(sessions, "ab", Opening("tiny-letters", lives=lives))
+        return found.value.code
+
+    async def work(sessions: Sessions) -> None:
+        assert await refusal(sessions, lives=True) == "session_not_found"
+        assert await feed(sessions, "ab", Opening("tiny-letters", lives=False)) == 2
+        assert await refusal(sessions, lives=False) == "session_exists"
+        assert await feed(sessions, "ab", Opening("tiny-letters", lives=True)) == 4
+
+    run(work)
+
+
 def test_a_feed_gives_up_after_too_many_races_and_feeds_nothing(run: Run, store: Contested) -> None:
     async def work(sessions: Sessions) -> None:
         await feed(sessions, "ab")

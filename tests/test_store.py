@@ -750,6 +750,40 @@ def test_keys_belong_to_one_life_and_outlast_it(store: Store) -> None:
     assert store.reply("", "a", "k").digest == b"new"
 
 
+def test_a_new_life_may_take_a_key_over_from_the_one_before(store: Store) -> None:
+    first = delete(store, applied(store, answered(Commit(head_of(store), None), "k")))
+    flush(store)
+
+    def again(over: int, **more: Any) -> Commit:  # noqa: ANN401
+        return msgspec.structs.replace(answered(Commit(head_of(store), None), "k", **more), over=over)
+
+    assert store.commit([again(0)]) == store.commit([again(first.life + 1)]) == [Conflict(first)]
+    second = applied(store, again(first.life, digest=b"second"))
+    assert store.reply("", "a", "k").digest == b"second" and store.reply("", "a", "k").life == second.life
+    closed = delete(store, second)
+    # Whoever knows of the first life alone comes too late.
+    assert store.commit([again(first.life)]) == [Conflict(closed)]
+    assert store.reply("", "a", "k").digest == b"second"
+
+
+def test_a_session_may_grow_and_end_in_one_commit(store: Store, clock: Clock) -> None:
+    head = applied(store, grown(applied(store, grown(create(store), b"abc", snapshot=b"s")), b"de"))
+    flush(store)
+    last = tombstone(msgspec.structs.replace(head, position=9), "closed")
+    ended = applied(store, answered(Commit(last, head.fence), "k"))
+    flush(store)
+    assert (ended.status, ended.position) == ("closed", 9) and store.head(("", "a")) == ended
+    assert store.reply("", "a", "k") is not None and store.heads("", None, "", 10) == []
+    clock.now += 1
+    store.sweep()
+    assert entries(store, head.branch, 0, 9) == b"" and newest(store, head.branch) is None
+    born = msgspec.structs.replace(head_of(store), position=2)
+    whole = applied(store, answered(Commit(tombstone(born, "closed"), None), "k2"))
+    assert (whole.status, whole.position, whole.life) == ("closed", 2, born.epoch)
+    assert store.reply("", "a", "k2") is not None and store.reply("", "a", "k") is None
+    assert create(store).epoch > whole.epoch
+
+
 def test_keys_are_not_copied_by_a_fork(store: Store) -> None:
     head = applied(store, answered(grown(create(store), b"abc"), "k"))
     fork = applied(store, forked(store, head, "b", 2))

@@ -34,8 +34,9 @@ MOST_KEPT_OF_AN_END = 16 * MAX_BODY_KEPT
 
 
 class _Kept(msgspec.Struct):
-    """What is kept of an answer: where the sequence stood, and the outputs' bytes, [T, ...] by name."""
+    """What is kept of an answer: whose, where the sequence stood, and the outputs' bytes, [T, ...] by name."""
 
+    version: int
     position: int
     predictions: dict[str, bytes]
 
@@ -216,13 +217,14 @@ class Sequence:
 
     def _answer_kept(self, done: Done) -> dict[str, object]:
         outputs = {name: np.ascontiguousarray(done.outputs[name]).tobytes() for name in self._raw}
-        return {"position": head_of(done).position, "predictions": outputs}
+        head = head_of(done)
+        return {"version": head.version, "position": head.position, "predictions": outputs}
 
     async def _replay(self, reply: Reply) -> Response:
         """The answer that the request with this id got before; nothing is fed."""
         if reply.kind == "body":
             kept = msgspec.json.decode(reply.body, type=_Kept)
-            model, position = self._model, kept.position
+            model, position = self._sessions.registry.get(self._name, kept.version), kept.position
             outputs = self._arrays(model, kept.predictions)
         elif self._step.end and not await self._lives():
             detail = "this step was taken and has ended the sequence; its answer was too large to be kept"
