@@ -61,10 +61,18 @@ class IndexBody(_Given):
     ready: bool = Field(default=False, description="only those that are served")
 
 
-class RepositoryBody(_Given):
-    """How a model is loaded or unloaded; parameters that would change it are refused."""
+class RepositoryParameters(BaseModel):
+    """Models are served as they lie in the folder: there is no parameter that would change one."""
 
-    parameters: dict[str, Any] = {}
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    unload_dependents: bool = Field(default=False, description="no model depends on another")
+
+
+class RepositoryBody(_Given):
+    """How a model is loaded or unloaded."""
+
+    parameters: RepositoryParameters = RepositoryParameters()
 
 
 # ---------------------------------------------------------------------- answers

@@ -57,7 +57,6 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
         "commit_unknown",
         "rolled_back",
         "numeric_fault",
-        "not_supported",
         "payload_too_large",
         "unsupported_media_type",
     ),

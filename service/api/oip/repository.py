@@ -1,7 +1,6 @@
 """Routes of the models folder: what lies there, and what of it is served."""
 
 import asyncio
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -41,7 +40,7 @@ def _entry(name: str, version: object, state: str, reason: str = "") -> dict[str
     "/models/{model}/load",
     response_class=Response,
     openapi_extra=body_of(RepositoryBody, required=False),
-    responses=described("it is served", None, "model_not_found", "not_supported", "payload_too_large"),
+    responses=described("it is served", None, "model_not_found", "payload_too_large"),
 )
 async def load(request: Request, model: ModelPath) -> Response:
     """Load every version of a model that lies in the models folder, also of one that was unloaded."""
@@ -58,7 +57,7 @@ async def load(request: Request, model: ModelPath) -> Response:
     "/models/{model}/unload",
     response_class=Response,
     openapi_extra=body_of(RepositoryBody, required=False),
-    responses=described("it is not served any more", None, "model_not_found", "not_supported", "payload_too_large"),
+    responses=described("it is not served any more", None, "model_not_found", "payload_too_large"),
 )
 async def unload(request: Request, model: ModelPath) -> Response:
     """Let go of a model until it is loaded again or the service starts anew; refused while sessions live on it."""
@@ -72,9 +71,5 @@ async def unload(request: Request, model: ModelPath) -> Response:
 
 
 async def _read(request: Request) -> None:
-    """Read the body; raises Problem when it wants what is not supported."""
-    body = RepositoryBody.model_validate_json(await read_bytes(request) or b"{}")
-    wanted: dict[str, Any] = {n: v for n, v in body.parameters.items() if n != "unload_dependents"}
-    if wanted:
-        detail = f"parameter {next(iter(wanted))[:64]!r} is not supported: models are served as they lie in the folder"
-        raise Problem("not_supported", detail)
+    """Read the body, which says nothing; raises ValidationError when it wants what is not supported."""
+    RepositoryBody.model_validate_json(await read_bytes(request) or b"{}")

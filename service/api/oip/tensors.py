@@ -153,7 +153,7 @@ def _refuse_reserved(body: InferBody) -> None:
             if name.startswith("triton_"):
                 raise invalid(f"parameter {name[:64]!r}: names that begin with triton_ are reserved", "/parameters")
             if name.startswith("shared_memory_"):
-                raise Problem("not_supported", "shared memory is not supported: send the tensors in the body")
+                raise invalid("shared memory is not supported: send the tensors in the body", "/parameters")
 
 
 def _check_form(tensor: Tensor, spec: Spec, pointer: str) -> None:
@@ -233,7 +233,7 @@ def check_outputs(wanted: Sequence[Wanted], there: Sequence[str]) -> None:
             detail = f"the outputs are {', '.join(there)}, each once; asked for was {one.name[:64]!r}"
             raise invalid(detail, f"/outputs/{i}/name")
         if one.parameters.get("classification"):
-            raise Problem("not_supported", "classification is not supported: take the output and sort it")
+            raise invalid("classification is not supported: take the output and sort it", f"/outputs/{i}/parameters")
         seen.add(one.name)
 
 
