@@ -167,6 +167,8 @@ class Work:
         self.output: Output | None = None
         self.entries: Array = np.empty(0)
         self.cursor = 0
+        self.answered = 1
+        """how many outputs are looked at: those of the last entries"""
 
     @property
     def remaining(self) -> int:
@@ -177,6 +179,10 @@ class Work:
     def steps(self) -> int:
         """Steps that can be taken now."""
         return self.remaining
+
+    def wanted(self, steps: int) -> int:
+        """How many of the last outputs of the next `steps` entries are looked at."""
+        return max(1, min(steps, self.answered - (self.remaining - steps)))
 
     @property
     def draws(self) -> bool:
@@ -377,7 +383,7 @@ class SessionWork(Work):
 
     def _snapshot(self, branch: str, position: int, row: Row) -> Snapshot:
         manifest = self._host.manifest
-        data = state.dump(manifest.states, row)
+        data = state.dump(manifest.session_states, row)
         return Snapshot(branch, position, self._host.numerics, data, manifest.graph_sha256)
 
     def segment(

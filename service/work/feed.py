@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from service import state
 from service.state import Array
 from service.store.base import Commit, Generation, Head, Reply
 from service.tasks import Output
@@ -90,11 +89,12 @@ class Predict(Work):
         super().__init__(listener, len(entries))
         self.entries = entries
         self._count = 1 if last_only else len(entries)
+        self.answered = self._count + 1
         self._kept = Kept(self._count)
 
     def begin(self, host: Host) -> None:
         """Start from the initial state."""
-        self.row = state.initial_row(host.manifest.states)
+        self.row = host.initial_row
         self.entries = host.codec.fill(self.entries, None)
 
     def keep(self, outputs: Output) -> None:
@@ -117,6 +117,7 @@ class Feed(SessionWork):
         super().__init__(listener, len(entries), at)
         self._fed = entries
         self._count = 1 if last_only else len(entries)
+        self.answered = self._count + 1
         self._outputs = Kept(self._count)
         self._kept = kept
 

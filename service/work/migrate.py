@@ -2,7 +2,6 @@
 
 import msgspec
 
-from service import state
 from service.store.base import Branch, Commit, Head, Line, Reply, graft
 from service.work.base import Host, Resident, SessionWork, new_branch
 from service.work.events import Done, Listener
@@ -33,7 +32,7 @@ class Migrate(SessionWork):
     def begin(self, host: Host) -> None:
         """Start from the initial state, or from where the work before stopped."""
         self._old = self._head
-        base = Resident(self._moved(host), state.initial_row(host.manifest.states), 0, host.codec.none(), None, None, 0)
+        base = Resident(self._moved(host), host.initial_row, 0, host.codec.none(), None, None, 0)
         self.start(host, base)
         if (after := self._after) is not None:
             self.row, self.output, self.at = after.row, after.output, after.at
