@@ -22,6 +22,7 @@ GRAPH = "model.onnx"
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
 WINDOW, WINDOW_LENGTH = "window", "window.length"
+MAX_WINDOW = 65_536
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -125,7 +126,7 @@ class Splitter(_Strict):
 class Window(_Strict):
     """The answer is the fold of the last `window` entries from the initial state."""
 
-    window: int = Field(ge=1, le=65_536)
+    window: int = Field(ge=1, le=MAX_WINDOW)
 
 
 class Manifest(_Strict):

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from training.model import RecurrentModel, ValueEncoder, state_names
+from training.model import OwnHead, RecurrentModel, ValueEncoder, state_names
 
 BATCHES = (1, 2, 7, 64)
 CHUNKS = (1, 5, 2, 17, 8)
@@ -208,6 +208,9 @@ def plausible_entries(module: RecurrentModel, T: int, batch: int, seed: int = 0)
 
 def target_std(module: RecurrentModel) -> Array:
     """Standard deviation of each target [K] in the data's own units."""
+    if isinstance(module.head, OwnHead):
+        own: Array = module.head.target_scale.cpu().numpy()
+        return own
     assert isinstance(module.encoder, ValueEncoder)
     std: Array = module.encoder.scale[list(module.config.targets)].cpu().numpy()
     return std
