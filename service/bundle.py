@@ -194,7 +194,7 @@ class Manifest(_Strict):
             needed["logits"] = (len(self.symbols),)
         if self.task == "classifier":
             needed["logits"] = (len(self.labels),)
-        if self.task == "forecaster":
+        if self.task in ("forecaster", "regressor"):
             needed |= {"mean": (K,)} | ({"quantiles": (Q, K)} if Q else {})
         for name, shape in needed.items():
             if width.get(name) != shape:

@@ -531,7 +531,7 @@ class Engine:
 def _call_of(works: Sequence[Work], steps: int) -> tuple[Array, list[Row], list[int]]:
     """What is run: entries [steps, rows, ...], the rows' states, and how many outputs of each are looked at."""
     entries = np.concatenate([work.block(steps) for work in works], axis=1)
-    wanted = [work.wanted(steps) for work in works for _ in range(work.width)]
+    wanted = [last for work in works for last in (work.wanted(steps),) * work.width]
     return entries, [row for work in works for row in work.rows], wanted
 
 

@@ -109,8 +109,10 @@ def run(path: Path, entries: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, 
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_graph_says_what_the_module_says(cell: str, layers: int, bias: bool, tmp_path: Path) -> None:
     module = net(cell, layers=layers, bias=bias)
-    spec = FORECASTER | ({"nonlinearity": "relu"} if cell == "relu" else {})
-    path = export(module, spec, "own", tmp_path)
+    path = export(module, FORECASTER, "own", tmp_path)
+    told = {"nonlinearity": "relu"} if cell == "relu" else {}
+    again = export(module.state_dict(), FORECASTER | told, "own", tmp_path)
+    assert bundle.load(path).manifest.graph_sha256 == bundle.load(again).manifest.graph_sha256
     expected = said(module, scaled(values())) * 9.0 + 12.0
     np.testing.assert_allclose(run(path, values())["mean"], expected, rtol=1e-5, atol=1e-5)
     manifest = bundle.load(path).manifest
@@ -130,7 +132,11 @@ def test_a_head_of_many_layers(tmp_path: Path) -> None:
     names = [{"layer": "fc.0", "eps": 1e-3}, "fc.1", "silu", "fc.3", "leaky_relu", "tanh", "fc.6", "sigmoid", "fc.8"]
     path = export(module, CLASSIFIER | {"head": [*names, "relu", "fc.10"]}, "own", tmp_path)
     np.testing.assert_allclose(run(path, values())["logits"], said(module, scaled(values())), rtol=1e-5, atol=1e-5)
-    assert bundle.load(path).manifest.memory == Window(window=6)
+    manifest = bundle.load(path).manifest
+    assert manifest.memory == Window(window=6)
+    by_name = [name if isinstance(name, str) else name["layer"] for name in names]
+    told = export(module, CLASSIFIER | {"head": [*by_name, "relu", "fc.10"]}, "own", tmp_path)
+    assert bundle.load(told).manifest.graph_sha256 == manifest.graph_sha256
 
 
 def test_layers_under_several_names_and_cells_by_hand(tmp_path: Path) -> None:
@@ -499,6 +505,21 @@ def test_data_that_does_not_fit_is_refused(text: str, reason: str, tmp_path: Pat
     (tmp_path / "data.csv").write_text(text)
     with pytest.raises(ExportError, match=reason):
         export(net(outputs=3), CLASSIFIER, "own", tmp_path, data=tmp_path / "data.csv")
+
+
+def test_a_regressor_is_measured_at_each_step(tmp_path: Path) -> None:
+    module, line = net(), values(2, 30, 3)
+    spec = FORECASTER | {"task": "regressor", "targets": [{"name": "wear", "unit": "mm", "min": 0.0, "max": 4.0}]}
+    truth = said(module, scaled(line)) * 4.0 + 0.5
+    np.savez(tmp_path / "data.npz", values=line, targets=truth)
+    path = export(module, spec, "own", tmp_path, data=tmp_path / "data.npz")
+    figures = bundle.load(path).manifest.metrics["memory"]
+    assert figures["carried"]["mean absolute error of wear"] == pytest.approx(0.5, rel=1e-5)
+    both = np.concatenate([line, truth], axis=2).tolist()
+    rows = "".join(f"{n},{t},{p},{w}\n" for n in range(2) for t, p, w in both[n])
+    (tmp_path / "data.csv").write_text("series,temperature,pressure,wear\n" + rows)
+    again = bundle.load(export(module, spec, "own", tmp_path, data=tmp_path / "data.csv")).manifest
+    assert again.metrics["memory"]["carried"] == pytest.approx(figures["carried"])
 
 
 def test_labels_of_whole_windows_hold_at_their_last_step(tmp_path: Path) -> None:

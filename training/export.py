@@ -100,6 +100,8 @@ def export(
     is measured with the memory carried on and from windows.
     """
     said = read_spec(spec)
+    if isinstance(module, nn.Module):
+        said = own.told_by(module, said)
     weights, provenance = _weights_of(module)
     if said.memory is None:
         raise ExportError(

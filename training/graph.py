@@ -66,7 +66,7 @@ def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
 
 def _outputs(module: RecurrentModel) -> Signature:
     K, Q = len(module.config.targets), len(module.config.quantiles)
-    if module.config.task != "forecaster":
+    if not module.config.targets:
         labels = module.config.vocabulary if module.config.task == "language-model" else module.config.labels
         return {"logits": ("float32", ["T", "B", labels])}
     quantiles: Signature = {"quantiles": ("float32", ["T", "B", Q, K])} if Q else {}

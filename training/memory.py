@@ -1,8 +1,9 @@
 """Carried on, or from the last W steps? A network's figure both ways on labelled sequences.
 
 An .npz file, batch first: `values` [N, T, F] in the data's own units (or `inputs` as the module takes them, or symbols
-[N, T]), with `labels` [N, T] or [N] for a classifier, `targets` [N, T, K] or [N, K] for a forecaster whose targets are
-no features. A CSV: a column a feature, `label` for a classifier, `series` where there are several entities.
+[N, T]), with `labels` [N, T] or [N] for a classifier, `targets` [N, T, K] or [N, K] for a regressor or for a forecaster
+of what is no feature. A CSV: a column a feature, and `label` or a column a target, of which a forecaster predicts the
+next row's; `series` where there are several entities.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _chosen(data: Sequence[Labelled], spec: Spec) -> list[Array]:
 
 def _answers(module: RecurrentModel, one: Labelled, at: Array, window: int | None) -> Array:
     """What the network says at the steps `at`, [n, ...] float64."""
-    name = "logits" if module.config.task != "forecaster" else "mean"
+    name = "mean" if module.config.targets else "logits"
     last = len(one.entries) if window is None else min(window, len(one.entries))
     with torch.inference_mode():
         outputs, _ = module(torch.from_numpy(one.entries[:last, None]), module.initial_state(1))
@@ -128,9 +129,11 @@ def _truth(arrays: dict[str, Array], entries: Array, module: RecurrentModel, spe
         return np.concatenate([entries.T[:, 1:], np.full((sequences, 1), -1)], axis=1)
     if spec.task == "classifier":
         return _at_the_last(_numbered(arrays.get("labels"), spec), steps, -1)
-    if "targets" not in arrays:
+    if "targets" not in arrays and spec.task == "forecaster":
         return np.stack([_next_values(entries[:, n], spec) for n in range(sequences)])
     assert isinstance(module.head, OwnHead)
+    if "targets" not in arrays:
+        raise ExportError("data: targets are missing")
     found = np.asarray(arrays["targets"], np.float64)
     if "values" not in arrays:
         found = found * module.head.target_scale.double().numpy() + module.head.target_mean.double().numpy()
@@ -189,7 +192,8 @@ def _from_csv(path: Path, spec: Spec) -> Iterator[Labelled]:
             yield Labelled(entries, _numbered(np.array([row["label"] for row in own]), spec))
         else:
             columns = np.array([[_number(row, target.name) for target in spec.targets] for row in own])
-            yield Labelled(entries, np.concatenate([columns[1:], np.full((1, columns.shape[1]), np.nan)]))
+            later = np.concatenate([columns[1:], np.full((1, columns.shape[1]), np.nan)])
+            yield Labelled(entries, later if spec.task == "forecaster" else columns)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ State = tuple[Tensor, ...]
 """(h, c) for lstm, (h,) otherwise; each [layers, B, hidden]."""
 
 TASKS = ("language-model", "forecaster", "classifier")
+OWN_TASKS = (*TASKS, "regressor")
+"""those of networks that were trained elsewhere"""
 CELLS = ("rnn", "rnn-relu", "gru", "lstm")
 
 
@@ -40,7 +42,7 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value, known in (("task", self.task, TASKS), ("cell", self.cell, CELLS)):
+        for name, value, known in (("task", self.task, OWN_TASKS), ("cell", self.cell, CELLS)):
             if value not in known:
                 raise ValueError(f"model.{name} is {value!r}; it must be one of {', '.join(known)}")
         if min(self.layers, self.hidden) < 1:

@@ -71,6 +71,17 @@ def _only_tensors(found: Mapping[Any, Any]) -> bool:
     return bool(found) and all(isinstance(value, Tensor) for value in found.values())
 
 
+def told_by(module: nn.Module, spec: Spec) -> Spec:
+    """The spec with what a module says and its weights do not: a relu cell, the eps of a LayerNorm."""
+    parts = dict(module.named_modules())
+    relu = any(getattr(part, "nonlinearity", "") == "relu" for part in parts.values())
+    head: list[str | Norm] = []
+    for item in spec.head:
+        part = parts.get(item) if isinstance(item, str) else None
+        head.append(Norm(layer=str(item), eps=part.eps) if isinstance(part, nn.LayerNorm) else item)
+    return spec.model_copy(update={"head": head, "nonlinearity": "relu" if relu else spec.nonlinearity})
+
+
 def build(weights: Weights, spec: Spec) -> tuple[RecurrentModel, dict[str, Any]]:
     """The network of the weights, and what a run's meta.json would say of it; raises ExportError naming a key."""
     taken = _Taken(weights, spec.ignore)
@@ -247,8 +258,8 @@ def _head(taken: _Taken, spec: Spec, config: ModelConfig) -> OwnHead:
     width = config.hidden
     for i, item in enumerate(spec.head):
         if item in LOGITS and not taken.has(str(item), "weight"):
-            if i + 1 < len(spec.head) or spec.task == "forecaster":
-                raise ExportError(f"spec: head: {item} comes last, and not in a forecaster")
+            if i + 1 < len(spec.head) or spec.targets:
+                raise ExportError(f"spec: head: {item} comes last, and only where there are labels or symbols")
             break
         layers.append(_head_layer(taken, item, width))
         if isinstance(layers[-1], nn.Linear):
@@ -286,7 +297,7 @@ def _head_layer(taken: _Taken, item: str | Norm, width: int) -> nn.Module:
 
 def _arrange(head: OwnHead, spec: Spec, width: int) -> None:
     """Which of the head's numbers is which; raises ExportError when there are too few or too many."""
-    if spec.task != "forecaster":
+    if not spec.targets:
         wanted = len(spec.labels) or len(_symbols(spec))
         if width != wanted:
             what = "labels" if spec.labels else "symbols"

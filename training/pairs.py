@@ -54,7 +54,7 @@ def read(given: Arrays | Path, module: RecurrentModel, spec: Spec) -> Pairs:
         )
     softmax = bool(spec.head) and spec.head[-1] in LOGITS
     raw = _along_time(arrays[name], entries, _width(module), name)
-    if module.config.task != "forecaster":
+    if not module.config.targets:
         return Pairs(entries, {"logits": _logarithms(raw, str(spec.head[-1]) if softmax else "")}, softmax)
     assert isinstance(module.head, OwnHead)
     said = module.head.said(torch.from_numpy(raw), scaled=name == "outputs")

@@ -226,7 +226,7 @@ def cpu_kind() -> str:
 
 
 def _units(module: RecurrentModel) -> str:
-    outputs = "each target's standard deviation" if module.config.task == "forecaster" else "logits"
+    outputs = "each target's standard deviation" if module.config.targets else "logits"
     return f"outputs: {outputs}; states: absolute, relative where a cell state is above 1"
 
 
@@ -241,7 +241,7 @@ def _output_distance(module: RecurrentModel, ours: Tensors, theirs: Tensors) -> 
 
 def _output_distances(module: RecurrentModel, ours: Tensors, theirs: Tensors) -> list[Array]:
     """A target far from zero is coarser in float32 than 1e-4 of its deviation; hence a thousandth of it at least."""
-    if module.config.task != "forecaster":
+    if not module.config.targets:
         return [np.abs(ours[name] - theirs[name]) for name in theirs]
     std = target_std(module)
     return [np.abs(ours[n] - theirs[n]) / np.maximum(std, np.abs(theirs[n]) / 1000) for n in theirs]

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from service.bundle import NAME_PATTERN, Feature, Splitter, Target, Window
 from training.parity import ExportError
 
-TASKS = ("classifier", "forecaster", "language-model")
 UNIFORM = 12**0.5
 """a uniform distribution is so many standard deviations wide"""
 
@@ -118,7 +117,7 @@ class Spec(_Strict):
     """All that the weights do not say themselves."""
 
     name: str | None = Field(default=None, pattern=NAME_PATTERN)
-    task: Literal["classifier", "forecaster", "language-model"]
+    task: Literal["classifier", "forecaster", "language-model", "regressor"]
     memory: Literal["carried"] | Window | None = None
     recurrent: str | Names = ""
     nonlinearity: Literal["tanh", "relu"] = "tanh"
@@ -142,14 +141,14 @@ class Spec(_Strict):
             raise ValueError("embedding and symbols go together")
         if (self.symbols is None) != bool(self.features):
             raise ValueError("give either features, or embedding and symbols")
-        wanted = {"labels": self.task == "classifier", "targets": self.task == "forecaster"}
+        wanted = {"labels": self.task == "classifier", "targets": self.task in ("forecaster", "regressor")}
         for name, needed in wanted.items():
             if bool(getattr(self, name)) != needed:
                 raise ValueError(f"a {self.task} {'needs' if needed else 'has no'} {name}")
         if self.task == "language-model" and self.symbols is None:
             raise ValueError("a language-model needs embedding and symbols")
-        if self.quantiles and self.task != "forecaster":
-            raise ValueError("quantiles are for forecasters")
+        if self.quantiles and not self.targets:
+            raise ValueError("quantiles are for targets")
         if self.quantiles != sorted(set(self.quantiles)) or any(not 0 < level < 1 for level in self.quantiles):
             raise ValueError("quantiles must be ascending numbers between 0 and 1")
         return self

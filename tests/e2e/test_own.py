@@ -19,6 +19,8 @@ from live import Server, problem
 from safetensors.torch import load_file
 from torch import nn
 
+from training.export import export
+
 ROOT = Path(__file__).parents[2]
 HERE = "http://127.0.0.1:8000"
 SPEC = ROOT / "examples"
@@ -44,6 +46,22 @@ def run(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     return done
 
 
+REGRESSOR = {
+    "task": "regressor",
+    "memory": "carried",
+    "head": ["head"],
+    "recurrent": "gru",
+    "features": [{"name": "speed", "unit": "1/s"}],
+    "targets": [{"name": "wear", "unit": "mm", "min": 0.0, "max": 4.0}],
+    "quantiles": [0.1, 0.5, 0.9],
+}
+
+
+def regressor() -> nn.ModuleDict:
+    torch.manual_seed(3)
+    return nn.ModuleDict({"gru": nn.GRU(1, 5, batch_first=True), "head": nn.Linear(5, 4)}).eval()
+
+
 @pytest.fixture(scope="module")
 def one(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
     folder = tmp_path_factory.mktemp("own")
@@ -56,6 +74,7 @@ def one(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]
     files = ("own_classifier.safetensors", str(SPEC / "own_classifier.toml"), "own_classifier.npz", "own_labelled.npz")
     options = (part for pair in zip(("--weights", "--spec", "--check", "--data"), files, strict=True) for part in pair)
     told = run(str(ROOT / "cli.py"), "export", "--name", "machine", *options, cwd=folder).stderr
+    export(regressor(), REGRESSOR, "wear", folder / "models")
     server.ok(server.post("/v1/models/reload", {}))
     yield Own(folder, server, told)
     server.close()
@@ -129,6 +148,18 @@ def test_the_forecaster_takes_nulls_and_names(one: Own, name: str) -> None:
     body = {"horizon": 3, "future": [{"load": 11.0}, {"load": 12.0}]}
     ahead = one.server.ok(one.server.post(f"/v1/sessions/{name}/forecast", body))["forecast"]
     assert len(ahead) == 3
+
+
+def test_a_regressor_says_what_holds_at_each_step(one: Own, name: str) -> None:
+    module = regressor()
+    speeds = np.random.default_rng(2).normal(size=30).astype(np.float32)
+    with torch.no_grad():
+        expected = module["head"](module["gru"](torch.tensor(speeds)[None, :, None])[0])[0].numpy() * 4.0
+    found = one.server.steps(name, speeds.tolist(), model="wear", predictions="all")["predictions"]
+    shown = [[p["mean"]["wear"], *(p["quantiles"][q]["wear"] for q in ("0.1", "0.5", "0.9"))] for p in found]
+    np.testing.assert_allclose(shown, expected, rtol=1e-5, atol=1e-5)
+    assert not any("surprise" in prediction for prediction in found)
+    problem(one.server.post(f"/v1/sessions/{name}/forecast", {"horizon": 2}), 422, "task_mismatch")
 
 
 def test_the_classifier_says_what_its_module_says_of_the_last_window(one: Own, name: str) -> None:

@@ -84,6 +84,12 @@ def test_the_state_is_that_of_the_last_entries_and_the_entries(models: Path, ser
     assert server.state_at(name, 2)["window.length"] == [2]
 
 
+def test_the_model_says_which_memory_it_has(server: Server) -> None:
+    said = {name: server.ok(server.http.get(f"/v1/models/{name}"))["memory"] for name in ("tiny-people", "who")}
+    assert set(said.values()) == {"carried"}
+    assert server.ok(server.http.get("/v1/models/tiny-window-people"))["memory"] == {"window": WINDOW}
+
+
 def test_fifty_sessions_of_any_age_in_one_bulk_request(models: Path, server: Server, name: str) -> None:
     """Feeds of one entry run in columns: windows that are full beside those that grow."""
     model, rng = "tiny-window-people", random.Random(3)
