@@ -579,15 +579,19 @@ def test_without_a_terminal_the_memory_is_not_asked_for(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_the_memory_is_asked_for(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", values=values(1, 100), labels=np.zeros((1, 100), np.int64))
     master, slave = os.openpty()
     try:
         os.write(master, b"perhaps\n24\n")
-        done = subprocess.run(command(tmp_path), stdin=slave, capture_output=True, text=True, timeout=120)
+        asked = command(tmp_path, "--data", str(tmp_path / "data.npz"))
+        done = subprocess.run(asked, stdin=slave, capture_output=True, text=True, timeout=120)
     finally:
         os.close(master)
         os.close(slave)
     assert done.returncode == 0, done.stderr
-    assert "window" in done.stderr and done.stdout == f"{tmp_path / 'own' / '1'}\n"
+    before, _, after = done.stderr.partition("carried, or the window's length: ")
+    assert "memory carried: " in before and "memory window 64: " in before and "memory window 24: " in after
+    assert done.stdout == f"{tmp_path / 'own' / '1'}\n"
     assert bundle.load(tmp_path / "own" / "1").manifest.memory == Window(window=24)
 
 

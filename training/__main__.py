@@ -177,11 +177,13 @@ def export(
 
 def export_own(weights: Path, spec: Path, **options: Any) -> Path:  # noqa: ANN401 (those of training.export.export)
     """Publish somebody's own weights; asks for the memory where the spec does not say it and somebody can answer."""
-    from training.export import export
+    from training.export import export, measure_memory
     from training.spec import read_spec
 
     said = read_spec(spec)
     if said.memory is None and sys.stdin.isatty():
+        if options["data"] is not None:
+            show_memory(measure_memory(weights, said, options["data"]))
         said = said.model_copy(update={"memory": ask_memory()})
     path = export(weights, said, command="python -m training " + shlex.join(sys.argv[1:]), **options)
     manifest = load(path).manifest
@@ -215,6 +217,8 @@ def show_memory(metrics: dict[str, dict[str, float]]) -> None:
     for memory, figures in metrics.items():
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         typer.echo(f"memory {memory}: {shown}", err=True)
+    if len({str(figures) for figures in metrics.values()}) == 1:
+        typer.echo("all alike: are the sequences longer than the window?", err=True)
 
 
 @app.command()

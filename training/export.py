@@ -48,6 +48,10 @@ MAX_PLOTS, MAX_PLOT_BYTES = 4, 512 * 1024
 PROVENANCE = ("command", "seed", "data", "weights", "steps", "epochs", "minutes", "recipe", "environment")
 ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
 
+Own = nn.Module | Mapping[str, Tensor] | Path
+"""A network that was trained elsewhere: itself, its state dict, or a file of one"""
+SpecLike = Spec | Mapping[str, Any] | Path | str
+
 
 @dataclass(frozen=True)
 class Int8:
@@ -81,8 +85,8 @@ def export_run(
 
 
 def export(
-    module: nn.Module | Mapping[str, Tensor] | Path,
-    spec: Spec | Mapping[str, Any] | Path | str,
+    module: Own,
+    spec: SpecLike,
     name: str | None = None,
     models: Path = Path("models"),
     version: int | None = None,
@@ -99,10 +103,7 @@ def export(
     agree with and which become the golden example; `data` labelled sequences (training/memory.py), on which the figure
     is measured with the memory carried on and from windows.
     """
-    said = read_spec(spec)
-    if isinstance(module, nn.Module):
-        said = own.told_by(module, said)
-    weights, provenance = _weights_of(module)
+    said, weights, provenance = _own_parts(module, spec)
     if said.memory is None:
         raise ExportError(
             'spec: memory: say "carried", or { window = W } for a network that was trained on windows of W'
@@ -123,13 +124,21 @@ def export(
     return export_model(built, meta, models, named, version, metrics, int8=int8 is not None, compared=compared)
 
 
-def _weights_of(module: nn.Module | Mapping[str, Tensor] | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict, and where it came from."""
+def measure_memory(module: Own, spec: SpecLike, data: Path) -> dict[str, dict[str, float]]:
+    """What labelled sequences say of both kinds of memory, as `export` measures it; raises ExportError."""
+    said, weights, _ = _own_parts(module, spec)
+    built, _ = own.build(weights, said)
+    return memory.both_ways(built, memory.read(data, built, said), said)
+
+
+def _own_parts(module: Own, spec: SpecLike) -> tuple[Spec, dict[str, Tensor], dict[str, str]]:
+    """The spec, the state dict, and where that came from."""
+    said = read_spec(spec)
     if isinstance(module, Path):
-        return own.read_weights(module), {"file": module.name, "sha256": sha256_of(module)}
+        return said, own.read_weights(module), {"file": module.name, "sha256": sha256_of(module)}
     if isinstance(module, nn.Module):
-        return own.state_dict(module.state_dict()), {"module": type(module).__name__}
-    return own.state_dict(module), {}
+        return own.told_by(module, said), own.state_dict(module.state_dict()), {"module": type(module).__name__}
+    return said, own.state_dict(module), {}
 
 
 def _own_int8_loss(

@@ -44,8 +44,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ExportError(f"weights: {path.name} is not there") from error
-    except SafetensorError as error:
-        raise ExportError(f"weights: {path.name} is not a safetensors file") from error
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"weights: {path.name} is not a safetensors file that can be read") from error
     except Exception as error:  # torch.load raises many types, and its message suggests to run what is in the file
         raise ExportError(
             f"weights: {path.name} holds more than tensors, or no weights at all; code in a file is never run: "
