@@ -136,7 +136,7 @@ class _Taken:
     @property
     def finite(self) -> bool:
         """Whether all numbers are finite."""
-        outputs = all(bool(np.isfinite(array).all()) for array in self.outputs.values())
+        outputs = all(map(state.all_finite, self.outputs.values()))
         return outputs and all(map(state.finite, self.rows))
 
 

@@ -153,6 +153,9 @@ class Host(Protocol):
 class Work:
     """A row of the engine's batches: entries to fold into a state, from a beginning to an end."""
 
+    answered: int | None = None
+    """how many outputs are looked at, those of the last entries; None: all"""
+
     def __init__(self, listener: Listener, cost: int) -> None:
         self.listener = listener
         self.cost = max(cost, 1)
@@ -167,8 +170,6 @@ class Work:
         self.output: Output | None = None
         self.entries: Array = np.empty(0)
         self.cursor = 0
-        self.answered = 1
-        """how many outputs are looked at: those of the last entries"""
 
     @property
     def remaining(self) -> int:
@@ -182,6 +183,8 @@ class Work:
 
     def wanted(self, steps: int) -> int:
         """How many of the last outputs of the next `steps` entries are looked at."""
+        if self.answered is None:
+            return steps
         return max(1, min(steps, self.answered - (self.remaining - steps)))
 
     @property

@@ -55,6 +55,8 @@ class Peek(SessionWork):
 class Verify(SessionWork):
     """Fold the retained log again from its beginning; compare with every snapshot and with the state in memory."""
 
+    answered = 1
+
     def __init__(self, listener: Listener, at: Head, position: int | None) -> None:
         super().__init__(listener, 1, at)
         self._head = at

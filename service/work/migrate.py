@@ -15,6 +15,8 @@ class Migrate(SessionWork):
     folded is taken over by a second piece of work (`after`) that folds the rest and switches.
     """
 
+    answered = 1
+
     def __init__(
         self,
         listener: Listener,
