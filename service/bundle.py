@@ -21,6 +21,8 @@ MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 GOLDEN = "golden.safetensors"
 CARD = "README.md"
+WINDOW, WINDOW_LENGTH = "window", "window.length"
+MAX_WINDOW = 65_536
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -124,7 +126,7 @@ class Splitter(_Strict):
 class Window(_Strict):
     """The answer is the fold of the last `window` entries from the initial state."""
 
-    window: int = Field(ge=1)
+    window: int = Field(ge=1, le=MAX_WINDOW)
 
 
 class Manifest(_Strict):
@@ -175,6 +177,8 @@ class Manifest(_Strict):
             raise ValueError(f"a {self.task} needs targets")
         if self.task in ("classifier", "multi-label") and not self.labels:
             raise ValueError(f"a {self.task} needs labels")
+        if isinstance(self.memory, Window) and {state.name for state in self.states} & {WINDOW, WINDOW_LENGTH}:
+            raise ValueError(f"a state named {WINDOW!r} or {WINDOW_LENGTH!r} cannot be kept beside a window")
         if list(self.quantiles) != sorted(set(self.quantiles)) or any(not 0 < q < 1 for q in self.quantiles):
             raise ValueError("quantiles must be ascending numbers between 0 and 1")
         return self
@@ -190,7 +194,7 @@ class Manifest(_Strict):
             needed["logits"] = (len(self.symbols),)
         if self.task == "classifier":
             needed["logits"] = (len(self.labels),)
-        if self.task == "forecaster":
+        if self.task in ("forecaster", "regressor"):
             needed |= {"mean": (K,)} | ({"quantiles": (Q, K)} if Q else {})
         for name, shape in needed.items():
             if width.get(name) != shape:
@@ -203,10 +207,25 @@ class Manifest(_Strict):
         datetime.fromisoformat(created.replace("Z", "+00:00"))
         return created
 
-    @property
+    @cached_property
     def graph_sha256(self) -> str:
-        """What a session pins."""
-        return self.files[GRAPH]
+        """What a session pins: the graph's sha256, or that of the graph and the window that it folds."""
+        graph = self.files[GRAPH]
+        if isinstance(self.memory, Window):
+            return hashlib.sha256(f"{graph} window {self.memory.window}".encode()).hexdigest()
+        return graph
+
+    @cached_property
+    def session_states(self) -> tuple[StateSpec, ...]:
+        """What is kept of a session: the graph's states; of a windowed one also its last entries, and how many."""
+        if not isinstance(self.memory, Window):
+            return self.states
+        entry, dtype = self.inputs[0].shape[2:], "int32" if self.symbols else self.inputs[0].dtype
+        return (
+            *self.states,
+            _kept(WINDOW, dtype, ("B", self.memory.window, *entry)),
+            _kept(WINDOW_LENGTH, "int32", ("B", 1)),
+        )
 
     @cached_property
     def output_numbers(self) -> int:
@@ -216,7 +235,14 @@ class Manifest(_Strict):
     @property
     def state_bytes(self) -> int:
         """Bytes of one session's whole state."""
-        return sum(state.nbytes for state in self.states)
+        return sum(state.nbytes for state in self.session_states)
+
+
+def _kept(name: str, dtype: str, shape: tuple[int | str, ...]) -> StateSpec:
+    """A state that the service keeps beside the graph's."""
+    return StateSpec.model_validate(
+        {"name": name, "input": name, "output": name, "dtype": dtype, "shape": shape, "batch_axis": 0}
+    )
 
 
 @dataclass(frozen=True, slots=True)

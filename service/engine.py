@@ -19,7 +19,7 @@ import structlog
 
 from service import metrics, state
 from service.errors import Problem, not_ready, overloaded
-from service.runner import Begun, Runner
+from service.runner import Begun
 from service.sampling import Sampler
 from service.scheduler import Batch, Scheduler
 from service.state import Array, Row
@@ -38,6 +38,7 @@ from service.store.base import (
     problem_of,
 )
 from service.tasks import Codec, Output
+from service.window import Served
 from service.work.base import Keeping, Resident, Work
 from service.work.events import Event, Failed, Listener, LostRace
 from service.work.generate import Generate
@@ -79,7 +80,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Served,
         store: Store,
         post: Post,
         max_batch: int,
@@ -90,7 +91,7 @@ class Engine:
         self.manifest = runner.manifest
         self.codec = Codec(runner.manifest)
         self.numerics = runner.numerics
-        self.initial_row = state.initial_row(runner.manifest.states)
+        self.initial_row = state.initial_row(runner.manifest.session_states)
         self.max_batch = max_batch
         self._runner = runner
         self._store = store
@@ -472,7 +473,7 @@ class Engine:
 
     def state_below(self, head: Head, below: int) -> tuple[int, Row]:
         """(position, state) of the newest snapshot before `below` that can be read, or of the log's beginning."""
-        specs, below = self.manifest.states, max(below, head.origin + 1)
+        specs, below = self.manifest.session_states, max(below, head.origin + 1)
         while (snapshot := self.snapshot(head, below)) is not None:
             try:
                 return snapshot.position, state.load(specs, snapshot.data)
@@ -525,16 +526,17 @@ class Engine:
         self._parks.inc()
         if resident.behind is not None:
             position, row = resident.behind
-            data = state.dump(self.manifest.states, row)
+            data = state.dump(self.manifest.session_states, row)
             with suppress(StoreError):  # without it the next wake-up takes a little longer
                 branch = home(self.line(resident.head.branch), resident.head.branch, position)
                 self._parking.append(Snapshot(branch, position, self.numerics, data, self.manifest.graph_sha256))
 
 
-def _call_of(works: Sequence[Work], steps: int) -> tuple[Array, list[Row]]:
-    """What the graph is called with: entries [steps, rows, ...] and the rows' states."""
+def _call_of(works: Sequence[Work], steps: int) -> tuple[Array, list[Row], list[int]]:
+    """What is run: entries [steps, rows, ...], the rows' states, and how many outputs of each are looked at."""
     entries = np.concatenate([work.block(steps) for work in works], axis=1)
-    return entries, [row for work in works for row in work.rows]
+    wanted = [last for work in works for last in (work.wanted(steps),) * work.width]
+    return entries, [row for work in works for row in work.rows], wanted
 
 
 def _nobody(event: Event) -> None:

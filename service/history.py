@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import msgspec
 
 from service import state
-from service.bundle import Manifest
+from service.bundle import Manifest, Window
 from service.errors import Problem
 from service.registry import Model
 from service.run import Race, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.session import Sessions, head_of, new_seed
-from service.state import Row
+from service.state import Array, Row
 from service.store.base import (
     Branch,
     Commit,
@@ -190,7 +190,7 @@ class History:
             new = NewSession(key, file.seed, self._sessions.default_ttl_s)
             epoch = await asyncio.to_thread(self._store.next_epoch, key)
             head = new_head(new, manifest, epoch, file.position)
-            kept = state.dump(manifest.states, row)
+            kept = state.dump(manifest.session_states, row)
             snapshot = Snapshot(head.branch, head.position, model.engine.numerics, kept, head.graph)
             return await self._sessions.put(Commit(head, None, snapshots=(snapshot,) if head.origin else ()))
 
@@ -282,7 +282,7 @@ class _StateFile:
 def write_state(manifest: Manifest, head: Head, row: Row) -> bytes:
     """A state as a safetensors file that says which model and position it is of."""
     return state.dump(
-        manifest.states,
+        manifest.session_states,
         row,
         {
             "model": head.model,
@@ -311,13 +311,23 @@ def _read_state(data: bytes) -> _StateFile:
 
 def _checked_row(manifest: Manifest, file: _StateFile, data: bytes) -> Row:
     try:
-        row = state.load(manifest.states, data)
+        row = state.load(manifest.session_states, data)
     except ValueError as error:
         raise Problem("state_mismatch", str(error)) from error
     if state.digest(row) != file.sha256:
         raise Problem("state_mismatch", "the file's checksum is not that of its tensors")
     if not state.finite(row):
         raise Problem("invalid_input", "the state holds a number that is not finite")
-    if file.position == 0 and not state.equal(row, state.initial_row(manifest.states)):
+    if file.position == 0 and not state.equal(row, state.initial_row(manifest.session_states)):
         raise Problem("state_mismatch", "at position 0 only the initial state is possible")
+    if isinstance(manifest.memory, Window):
+        _check_window(manifest, manifest.memory.window, file.position, *row[-2:])
     return row
+
+
+def _check_window(manifest: Manifest, window: int, position: int, entries: Array, length: Array) -> None:
+    """Raise Problem when the last entries of a state file can not be those of a session at its position."""
+    if int(length[0]) != min(position, window):
+        raise Problem("state_mismatch", f"{int(length[0])} entries in the window at position {position}")
+    if manifest.symbols and not ((entries >= 0) & (entries < len(manifest.symbols))).all():
+        raise Problem("state_mismatch", "the window holds a symbol that the model does not know")

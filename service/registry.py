@@ -7,12 +7,12 @@ from pathlib import Path
 
 import structlog
 
-from service.bundle import MANIFEST, Bundle, BundleError, Window, load
+from service.bundle import MANIFEST, Bundle, BundleError, load
 from service.engine import Engine, Post
 from service.errors import Problem, not_ready
-from service.runner import Runner
 from service.settings import Settings
 from service.store.base import Head, Store, StoreError
+from service.window import Served, open_runner
 from service.work.base import Keeping
 
 MAX_OUTPUT_BYTES = 16 * 2**20
@@ -26,7 +26,7 @@ class Model:
     """One loaded version of a model."""
 
     bundle: Bundle
-    runner: Runner
+    runner: Served
     engine: Engine
 
     def most_steps(self, alternatives: int) -> int:
@@ -172,11 +172,9 @@ class Registry:
         log.error("model_skipped", model=name, reason=reason)
 
     def _open(self, bundle: Bundle) -> Model:
-        if isinstance(bundle.manifest.memory, Window):
-            raise BundleError("its memory is a window, which this version does not serve")
-        if bundle.manifest.task not in ("language-model", "forecaster", "classifier"):
+        if bundle.manifest.task not in ("language-model", "forecaster", "regressor", "classifier"):
             raise BundleError(f"its task {bundle.manifest.task!r} is not served by this version")
-        runner = Runner(bundle, self._settings.threads)
+        runner = open_runner(bundle, self._settings.threads)
         s = self._settings
         retention = None if s.log_retention == "all" else s.log_retention
         keeping = Keeping(s.snapshot_every, retention)

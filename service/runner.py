@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from operator import is_
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -31,8 +31,8 @@ LONG_S = 0.0003
 
 Called = tuple[list[Array], list[Array]]
 """Outputs and next states"""
-Begun = Future[tuple[list[Array], list[Array], float]]
-"""A call that is under way in another thread"""
+Begun = Future[Any]
+"""A call that is under way in another thread; what it gives is its runner's own affair"""
 Draw = Callable[[int, dict[str, Array]], Array]
 """From the number of the step and its outputs [B, ...] by name to the next entries [B]"""
 
@@ -68,11 +68,11 @@ class Runner:
             self._session = _open(bundle.graph, 2)
         self.batches_exactly, self.numerics = _verify_golden(self, bundle)
 
-    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
-        """Fold `entries` [T, B, ...] into the states of B rows."""
+    def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
+        """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
         return self._folded(*self._timed(entries, self._folding.states_of(rows)))
 
-    def begin(self, entries: Array, rows: Sequence[Row]) -> Begun:
+    def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
         """Begin the same in another thread; what is begun is run one after another."""
         return self._beside.submit(self._timed, entries, self._folding.states_of(rows))
 

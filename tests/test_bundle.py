@@ -34,7 +34,7 @@ def change(path: Path, how: Callable[[dict[str, Any]], object]) -> None:
 def test_a_bundle_is_loaded_with_its_graph_and_golden_example(name: str, models: Path) -> None:
     found = newest(models, name)
     assert found.graph.is_file() and found.golden.is_file()
-    assert found.manifest.graph_sha256 == sha256_of(found.graph)
+    assert found.manifest.files["model.onnx"] == sha256_of(found.graph)
 
 
 def test_the_state_of_a_session_has_a_size(models: Path) -> None:

@@ -176,7 +176,7 @@ class CountingRunner:
         self.manifest, self.numerics = runner.manifest, runner.numerics
         self.calls: list[tuple[int, int]] = []
 
-    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
+    def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         self.calls.append((len(rows), len(entries)))
         return self._runner.run(entries, rows)
 
@@ -213,7 +213,7 @@ def test_no_batch_is_larger_than_allowed(rig: MakeRig) -> None:
 class Poisoned(CountingRunner):
     """Raises when a chunk holds the poison."""
 
-    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
+    def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         if (entries == POISON).any():
             raise RuntimeError("poison")
         return super().run(entries, rows)
@@ -222,7 +222,7 @@ class Poisoned(CountingRunner):
 class NotFinite(CountingRunner):
     """Gives NaN for rows that hold the poison."""
 
-    def run(self, entries: Array, rows: Sequence[Row]) -> Folded:
+    def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         folded = super().run(entries, rows)
         bad = [i for i in range(len(rows)) if (entries[:, i] == POISON).any()]
         outputs = {name: array.copy() for name, array in folded.outputs.items()}

@@ -116,7 +116,7 @@ def test_the_example_of_a_model_card_is_one_that_the_model_takes(tmp_path: Path,
         (["train", "--recipe", "text"], "--data"),
         (["train", "--data", "absent.txt"], "absent.txt"),
         (["train", "--recipe", "who", "--set", "model.hiden=3"], "model.hidden"),
-        (["train", "--recipe", "who", "--set", "model.cell=lstn"], "rnn, gru, lstm"),
+        (["train", "--recipe", "who", "--set", "model.cell=lstn"], "rnn, rnn-relu, gru, lstm"),
         (["evaluate", "absent"], "train first"),
     ],
 )

@@ -25,8 +25,19 @@ TINY = {
     "tiny-people": 1,
     "tiny-weather": 1,
     "tiny-single": 1,
+    "tiny-window-letters": 1,
+    "tiny-window-weather": 1,
+    "tiny-window-people": 1,
 }
 """name -> newest version"""
+
+WINDOWED = {
+    "tiny-window-letters": "tiny-letters",
+    "tiny-window-weather": "tiny-weather",
+    "tiny-window-people": "tiny-people",
+}
+"""models with a windowed memory, and those with the same weights that carry it"""
+WINDOW = 7
 
 LETTERS = list("\n abcdefghij.")
 TAGS = ["stop", "go", "left", "right", "turn"]
@@ -126,6 +137,13 @@ def build_tiny(folder: Path) -> None:
     )
     single = {"input_kind": "values", "features": [LOAD]}
     publish("tiny-single", 6, single, task="forecaster", cell="lstm", layers=1, hidden=8, periods=(0.0,), targets=(0,))
+    for name, carried in WINDOWED.items():
+        windowed(folder / carried / "1", folder / name / "1")
+
+
+def windowed(source: Path, target: Path, window: int = WINDOW) -> Path:
+    """A copy of a bundle that folds the last entries only."""
+    return copied(source, target, memory={"window": window})
 
 
 def newest(models: Path, name: str) -> Bundle:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from service.bundle import load
+from service.bundle import MAX_WINDOW, Window, load
 from training import loop
 from training.checkpoint import CheckpointError, load_model
 from training.config import Recipe, RecipeError, read_recipe, recipe_from, recipe_names
@@ -137,27 +137,88 @@ def sample(
 
 @app.command()
 def export(
-    run: RunFolder,
     name: Annotated[str, typer.Option(help="The model's name in the service.")],
+    run: Annotated[Path | None, typer.Argument(help="The folder that `train --out` wrote.")] = None,
     models: Annotated[Path, typer.Option(help="The folder that the service reads.")] = Path("models"),
     version: Annotated[int | None, typer.Option(help="The next free one, if not given.")] = None,
     example: Annotated[str | None, typer.Option(help="What the model card's calls feed: a text, or JSON.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Products with the state in int8: smaller, faster.")] = False,
     int8_bound: Annotated[float, typer.Option(help="Percent that int8 may lose on the validation part.")] = 0.5,
+    weights: Annotated[Path | None, typer.Option(help="Instead of a run: your own .safetensors or .pt file.")] = None,
+    spec: Annotated[
+        Path | None, typer.Option(help="What your weights are: a .toml file (docs/own-weights.md).")
+    ] = None,
+    check: Annotated[Path | None, typer.Option(help="Inputs and outputs of your own module: an .npz file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled sequences, .npz or .csv: measures both kinds of memory.")
+    ] = None,
     cache: Cache = CACHE,
 ) -> None:
-    """Write a run's best model as a checked ONNX bundle."""
+    """Write a run's best model, or your own weights, as a checked ONNX bundle."""
     from training.export import Int8, export_run  # onnx loads slowly and only this command needs it
     from training.parity import ExportError
 
+    quantised = Int8(int8_bound, cache) if int8 else None
     try:
         with plain_errors():
-            path = export_run(run, models, name, version, example, Int8(int8_bound, cache) if int8 else None)
+            if run is not None and weights is None:
+                path = export_run(run, models, name, version, example, quantised)
+            elif run is None and weights is not None and spec is not None:
+                given = {"version": version, "check": check, "data": data, "int8": quantised, "example": example}
+                path = export_own(weights, spec, name=name, models=models, **given)
+            else:
+                fail("give a run's folder, or --weights and --spec")
             if int8:
                 show_loss(load(path).manifest.metrics["int8"])
             typer.echo(str(path))
     except ExportError as error:
         fail(str(error))
+
+
+def export_own(weights: Path, spec: Path, **options: Any) -> Path:  # noqa: ANN401 (those of training.export.export)
+    """Publish somebody's own weights; asks for the memory where the spec does not say it and somebody can answer."""
+    from training.export import export, measure_memory
+    from training.spec import read_spec
+
+    said = read_spec(spec)
+    if said.memory is None and sys.stdin.isatty():
+        if options["data"] is not None:
+            show_memory(measure_memory(weights, said, options["data"]))
+        said = said.model_copy(update={"memory": ask_memory()})
+    path = export(weights, said, command="python -m training " + shlex.join(sys.argv[1:]), **options)
+    manifest = load(path).manifest
+    if "memory" in manifest.metrics:
+        show_memory(manifest.metrics["memory"])
+    if (pairs := manifest.checks.get("pairs")) is not None:
+        sizes = f"{pairs['sequences']} sequences of {pairs['steps']} steps"
+        typer.echo(f"agrees with your module to {pairs['greatest']:.1e} over {sizes}", err=True)
+    return path
+
+
+def ask_memory() -> Literal["carried"] | Window:
+    """Which memory the network was trained for."""
+    question = (
+        "Was the network trained with its state carried from one sequence to the next, or on windows of a fixed length "
+        "that begin at zero? carried, or the window's length"
+    )
+    while True:
+        typer.echo(f"{question}: ", err=True, nl=False)  # standard output is for the bundle's path
+        answer = sys.stdin.readline()
+        if answer.strip() == "carried":
+            return "carried"
+        if answer.strip().isdecimal() and 1 <= int(answer) <= MAX_WINDOW:
+            return Window(window=int(answer))
+        if not answer:
+            fail("memory: nothing was answered")
+
+
+def show_memory(metrics: dict[str, dict[str, float]]) -> None:
+    """The figure with the memory carried on, and from windows."""
+    for memory, figures in metrics.items():
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        typer.echo(f"memory {memory}: {shown}", err=True)
+    if len({str(figures) for figures in metrics.values()}) == 1:
+        typer.echo("all alike: are the sequences longer than the window?", err=True)
 
 
 @app.command()

@@ -34,6 +34,7 @@ def _title(m: Manifest) -> str:
     what = {
         "language-model": "after each symbol it says which one comes next",
         "forecaster": "after each step it says what the next one brings",
+        "regressor": "at each step it says what holds there",
         "classifier": "at each step it says which label holds there",
     }[m.task]
     int8 = ", int8" if m.quantization == "int8" else ""

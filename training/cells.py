@@ -40,7 +40,12 @@ def _rnn(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str]:
     return (step.add("Tanh", step.product(f"h{i}", *_hidden(module, i), drive)),)
 
 
-CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _rnn}
+def _rnn_relu(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str]:
+    """h' = max(0, drive + W_hh h), which knows no bound."""
+    return (step.add("Relu", step.linear(f"h{i}", *_hidden(module, i), drive)),)
+
+
+CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _rnn, "rnn-relu": _rnn_relu}
 
 
 def input_weight(module: RecurrentModel, i: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save
+from torch import Tensor, nn
 
 from service.bundle import (
     CARD,
@@ -30,19 +31,26 @@ from service.bundle import (
     StateSpec,
     Target,
     TensorSpec,
+    Window,
     sha256_of,
 )
-from training import card, graph, parity
-from training.checkpoint import load_model, sync
+from training import card, graph, memory, own, pairs, parity
+from training.checkpoint import environment, load_model, sync
 from training.evaluate import headline, run_corpus
 from training.int8 import Int8Nodes, simulated
-from training.model import RecurrentModel, state_names
+from training.model import OwnHead, RecurrentModel, state_names
+from training.pairs import Arrays, Pairs
 from training.parity import ExportError, Step, Tensors
+from training.spec import Spec, read_spec
 
 GOLDEN_STEPS, GOLDEN_ROWS, GOLDEN_SEED, GOLDEN_TRIES = 16, 7, 7, 32
 MAX_PLOTS, MAX_PLOT_BYTES = 4, 512 * 1024
-PROVENANCE = ("command", "seed", "data", "steps", "epochs", "minutes", "recipe", "environment")
+PROVENANCE = ("command", "seed", "data", "weights", "steps", "epochs", "minutes", "recipe", "environment")
 ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
+
+Own = nn.Module | Mapping[str, Tensor] | Path
+"""A network that was trained elsewhere: itself, its state dict, or a file of one"""
+SpecLike = Spec | Mapping[str, Any] | Path | str
 
 
 @dataclass(frozen=True)
@@ -76,16 +84,87 @@ def export_run(
     return export_model(module, meta, models, name, version, metrics, plots, int8=int8 is not None)
 
 
+def export(
+    module: Own,
+    spec: SpecLike,
+    name: str | None = None,
+    models: Path = Path("models"),
+    version: int | None = None,
+    check: Arrays | Path | None = None,
+    data: Path | None = None,
+    int8: Int8 | None = None,
+    example: str | None = None,
+    command: str = "",
+) -> Path:
+    """Publish a network that was trained elsewhere; returns the bundle's folder; raises ExportError saying why not.
+
+    `module` is the network itself, its state dict, or a file of one; `spec` says what its weights do not say
+    (docs/own-weights.md). `check` holds inputs and outputs of the network (training/pairs.py), which the graph must
+    agree with and which become the golden example; `data` labelled sequences (training/memory.py), on which the figure
+    is measured with the memory carried on and from windows.
+    """
+    said, weights, provenance = _own_parts(module, spec)
+    if said.memory is None:
+        raise ExportError(
+            'spec: memory: say "carried", or { window = W } for a network that was trained on windows of W'
+        )
+    if (named := name or said.name) is None:
+        raise ExportError("spec: name: give the model a name")
+    built, meta = own.build(weights, said)
+    meta |= {"weights": provenance, "environment": environment(), **({"command": command} if command else {})}
+    if example is not None:
+        meta["example"] = _read_example(example, meta)
+    labelled = memory.read(data, built, said) if data is not None else None
+    metrics: dict[str, Any] = {}
+    if labelled is not None:
+        metrics["memory"] = memory.both_ways(built, labelled, said)
+    if int8 is not None:
+        metrics["int8"] = _own_int8_loss(built, labelled, said, int8.bound_percent)
+    compared = pairs.read(check, built, said) if check is not None else None
+    return export_model(built, meta, models, named, version, metrics, int8=int8 is not None, compared=compared)
+
+
+def measure_memory(module: Own, spec: SpecLike, data: Path) -> dict[str, dict[str, float]]:
+    """What labelled sequences say of both kinds of memory, as `export` measures it; raises ExportError."""
+    said, weights, _ = _own_parts(module, spec)
+    built, _ = own.build(weights, said)
+    return memory.both_ways(built, memory.read(data, built, said), said)
+
+
+def _own_parts(module: Own, spec: SpecLike) -> tuple[Spec, dict[str, Tensor], dict[str, str]]:
+    """The spec, the state dict, and where that came from."""
+    said = read_spec(spec)
+    if isinstance(module, Path):
+        return said, own.read_weights(module), {"file": module.name, "sha256": sha256_of(module)}
+    if isinstance(module, nn.Module):
+        return own.told_by(module, said), own.state_dict(module.state_dict()), {"module": type(module).__name__}
+    return said, own.state_dict(module), {}
+
+
+def _own_int8_loss(
+    module: RecurrentModel, labelled: Sequence[memory.Labelled] | None, spec: Spec, bound_percent: float
+) -> dict[str, Any]:
+    if labelled is None:
+        raise ExportError("int8: give labelled sequences with --data, so that it can be said what is lost")
+    _refuse_unbounded(module)
+    window = spec.memory.window if isinstance(spec.memory, Window) else None
+    before, after = (memory.figure(one, labelled, spec, window) for one in (module, simulated(module)))
+    return _loss(before, after, bound_percent)
+
+
 def int8_loss(run: Path, module: RecurrentModel, meta: Mapping[str, Any], int8: Int8) -> dict[str, Any]:
     """What int8 loses on the validation part, in percent of the figure it hurts most; ExportError above the bound."""
     corpus = run_corpus(run, meta, int8.cache)
-    before, after = headline(module, corpus), headline(simulated(module), corpus)
+    return _loss(headline(module, corpus), headline(simulated(module), corpus), int8.bound_percent)
+
+
+def _loss(before: Mapping[str, float], after: Mapping[str, float], bound_percent: float) -> dict[str, Any]:
     lost = max(_lost_percent(name, before[name], after[name]) for name in before)
-    if not lost <= int8.bound_percent:
+    if not lost <= bound_percent:
         figures = "; ".join(f"{name} {before[name]:.6g} becomes {after[name]:.6g}" for name in before)
-        raise ExportError(f"int8: {lost:.3g} % is lost, at most {int8.bound_percent:g} % is allowed: {figures}")
+        raise ExportError(f"int8: {lost:.3g} % is lost, at most {bound_percent:g} % is allowed: {figures}")
     validation = {name: {"float32": before[name], "int8": after[name]} for name in before}
-    return {"lost_percent": lost, "bound_percent": int8.bound_percent, "validation": validation}
+    return {"lost_percent": lost, "bound_percent": bound_percent, "validation": validation}
 
 
 def _lost_percent(name: str, before: float, after: float) -> float:
@@ -116,18 +195,31 @@ def export_model(
     metrics: Mapping[str, Any] | None = None,
     plots: Sequence[Path] = (),
     int8: bool = False,
+    compared: Pairs | None = None,
 ) -> Path:
     """Check the module's graph and publish it as `models/<name>/<version>/`; raises ExportError."""
     version = free_version(models, name, version)
     _refuse_mismatch(module, meta)
     module = module.eval().cpu()
+    if int8:
+        _refuse_unbounded(module)
     onnx = (graph.build(module, Int8Nodes) if int8 else graph.build(module)).SerializeToString()
     exact = simulated(module) if int8 else module
-    manifest = describe(module, meta, name, version, parity.check(exact, onnx, int8), metrics or {}, int8)
-    files = {GRAPH: onnx, GOLDEN: save(golden(exact, onnx)), **_pictures(plots)}
+    checks = parity.check(exact, onnx, int8)
+    if compared is not None:  # with what float32 gives: what int8 loses is told apart from what is wrong
+        floats = graph.build(module).SerializeToString() if int8 else onnx
+        checks["pairs"] = pairs.compare(compared, parity.ort_step(floats), module)
+    manifest = describe(module, meta, name, version, checks, metrics or {}, int8)
+    example = own_golden(module, onnx, compared) if compared is not None and not int8 else golden(exact, onnx)
+    files = {GRAPH: onnx, GOLDEN: save(example), **_pictures(plots)}
     pictures = [file for file in files if file.endswith(".png")]
     files[CARD] = card.write(manifest, pictures, meta.get("example")).encode()
     return publish(models / name / str(version), manifest, files)
+
+
+def _refuse_unbounded(module: RecurrentModel) -> None:
+    if module.config.cell == "rnn-relu":
+        raise ExportError("int8: the h of a relu cell has no bound that its steps could be counted in")
 
 
 def free_version(models: Path, name: str, version: int | None = None) -> int:
@@ -192,6 +284,21 @@ def golden(module: RecurrentModel, onnx: bytes) -> Tensors:
         answers = {who: step(entries, parity.zero_states(module, GOLDEN_ROWS)) for who, step in steps.items()}
         if parity.distance(module, answers["ort"], answers["torch"]) <= parity.TOLERANCE:
             break
+    return _tensors_of(entries, answers)
+
+
+def own_golden(module: RecurrentModel, onnx: bytes, compared: Pairs) -> Tensors:
+    """The same of an input that begins with somebody's own pairs; what their module said stands where it is known."""
+    entries, known = pairs.golden(compared, module)
+    zero = parity.zero_states(module, entries.shape[1])
+    answers = {"torch": parity.torch_step(module)(entries, zero), "ort": parity.ort_step(onnx)(entries, zero)}
+    for name, theirs in known.items():
+        answers["torch"][0][name] = answers["torch"][0][name].copy()
+        answers["torch"][0][name][-len(theirs) :, : theirs.shape[1]] = theirs
+    return _tensors_of(entries, answers)
+
+
+def _tensors_of(entries: parity.Array, answers: Mapping[str, tuple[Tensors, Tensors]]) -> Tensors:
     tensors = {"input": entries}
     for who, (outputs, states) in answers.items():
         tensors |= {f"{who}.output.{name}": value for name, value in outputs.items()}
@@ -239,6 +346,9 @@ def _refuse_mismatch(module: RecurrentModel, meta: Mapping[str, Any]) -> None:
 
 def _memory(meta: Mapping[str, Any]) -> str | dict[str, int]:
     """A model that only ever saw windows answers from the last window."""
+    if "memory" in meta:
+        told: str | dict[str, int] = meta["memory"]
+        return told
     train = meta.get("recipe", {}).get("train", {})
     return {"window": train["steps"]} if train.get("form") == "windowed" else "carried"
 
@@ -275,6 +385,8 @@ def _vocabulary(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _targets(module: RecurrentModel, meta: Mapping[str, Any]) -> list[Target]:
+    if isinstance(module.head, OwnHead):
+        return [Target(**target) for target in meta["targets"]]
     chosen = [meta["features"][i] for i in module.config.targets]
     return [Target(name=feature["name"], unit=feature["unit"], std=feature["std"]) for feature in chosen]
 

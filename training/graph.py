@@ -17,13 +17,14 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from training.cells import CELLS, input_weight, layer_drive
-from training.model import ForecastHead, ModelConfig, RecurrentModel, ValueEncoder, state_names
+from training.model import ForecastHead, ModelConfig, OwnHead, RecurrentModel, ValueEncoder, state_names
 from training.nodes import Nodes, odd_series, softplus
 
 OPSET = 21
 IR_VERSION = 10
 FOLDED_BYTES = 32 * 2**20
-GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rnn-relu": 1}
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "Relu", nn.Tanh: "Tanh", nn.Sigmoid: "Sigmoid"}
 SINE = [(-1) ** k / factorial(2 * k + 1) for k in range(6)]
 
 Signature = dict[str, tuple[str, list[int | str]]]
@@ -65,8 +66,9 @@ def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
 
 def _outputs(module: RecurrentModel) -> Signature:
     K, Q = len(module.config.targets), len(module.config.quantiles)
-    if module.config.task != "forecaster":
-        return {"logits": ("float32", ["T", "B", module.head.linear.out_features])}
+    if not module.config.targets:
+        labels = module.config.vocabulary if module.config.task == "language-model" else module.config.labels
+        return {"logits": ("float32", ["T", "B", labels])}
     quantiles: Signature = {"quantiles": ("float32", ["T", "B", Q, K])} if Q else {}
     return {"mean": ("float32", ["T", "B", K]), **quantiles}
 
@@ -158,8 +160,7 @@ def _step(module: RecurrentModel, step: Nodes) -> onnx.GraphProto:
         states = CELLS[config.cell](step, module, i, drive)
         afters.update({f"{name}{i}": value for name, value in zip(names, states, strict=True)})
         x = states[0]
-    linear = module.head.linear
-    raw = step.linear(x, "head.weight", linear.weight.T, step.constant("head.bias", linear.bias))
+    raw = _layers(step, module, x)
     for name in befores:
         step.name(afters[name], f"{name}_next")
     step.name(raw, "raw")
@@ -171,6 +172,30 @@ def _step(module: RecurrentModel, step: Nodes) -> onnx.GraphProto:
     )
 
 
+def _layers(step: Nodes, module: RecurrentModel, x: str) -> str:
+    """The head's layers, one after another: x [B, H] -> raw values [B, N]."""
+    if not isinstance(module.head, OwnHead):
+        return _layer(step, "head", module.head.linear, x)
+    for i, layer in enumerate(module.head.layers):
+        x = _layer(step, f"head.{i}", layer, x)
+    return x if len(module.head.layers) else step.add("Identity", x)
+
+
+def _layer(step: Nodes, name: str, layer: nn.Module, x: str) -> str:
+    match layer:
+        case nn.Linear():
+            return step.linear(x, f"{name}.weight", layer.weight.T, step.constant(f"{name}.bias", layer.bias))
+        case nn.LayerNorm():
+            scale, bias = step.constant(f"{name}.scale", layer.weight), step.constant(f"{name}.bias", layer.bias)
+            return step.add("LayerNormalization", x, scale, bias, axis=-1, epsilon=layer.eps)
+        case nn.SiLU():
+            return step.add("Mul", x, step.add("Sigmoid", x))
+        case nn.LeakyReLU():
+            return step.add("LeakyRelu", x, alpha=layer.negative_slope)
+        case _:
+            return step.add(ACTIVATIONS[type(layer)], x)
+
+
 def _float_info(name: str, axes: list[Any]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
@@ -178,7 +203,23 @@ def _float_info(name: str, axes: list[Any]) -> onnx.ValueInfoProto:
 def _head(nodes: Nodes, module: RecurrentModel, raw: str) -> dict[str, str]:
     """Raw head values [T, B, N] -> the task's outputs."""
     head = module.head
+    if isinstance(head, OwnHead) and head.targets:
+        return _own_forecast(nodes, head, raw)
     return _forecast(nodes, head, raw) if isinstance(head, ForecastHead) else {"logits": raw}
+
+
+def _own_forecast(nodes: Nodes, head: OwnHead, raw: str) -> dict[str, str]:
+    """[T, B, M * K] in any order -> mean [T, B, K], quantiles [T, B, Q, K] in the data's own units."""
+    rows, K, Q = len(head.order) // head.targets, head.targets, head.quantiles
+    raw = nodes.add("Gather", raw, nodes.constant("head.order", head.order), axis=2)
+    scaled = nodes.add("Reshape", raw, nodes.constant("head.shape", [0, 0, rows, K]))
+    values = nodes.add("Mul", scaled, nodes.constant("head.target_scale", head.target_scale))
+    values = nodes.add("Add", values, nodes.constant("head.target_mean", head.target_mean))
+    outputs = {"mean": nodes.add("Gather", values, nodes.constant("head.mean_at", np.array(head.mean_at)), axis=2)}
+    if Q:
+        last = nodes.constant("head.quantiles", list(range(rows - Q, rows)))
+        outputs["quantiles"] = nodes.add("Gather", values, last, axis=2)
+    return outputs
 
 
 def _forecast(nodes: Nodes, head: ForecastHead, raw: str) -> dict[str, str]:

@@ -6,7 +6,9 @@ Everything is time-major. The state goes in and comes out; the module keeps none
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ State = tuple[Tensor, ...]
 """(h, c) for lstm, (h,) otherwise; each [layers, B, hidden]."""
 
 TASKS = ("language-model", "forecaster", "classifier")
-CELLS = ("rnn", "gru", "lstm")
+OWN_TASKS = (*TASKS, "regressor")
+"""those of networks that were trained elsewhere"""
+CELLS = ("rnn", "rnn-relu", "gru", "lstm")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class ModelConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value, known in (("task", self.task, TASKS), ("cell", self.cell, CELLS)):
+        for name, value, known in (("task", self.task, OWN_TASKS), ("cell", self.cell, CELLS)):
             if value not in known:
                 raise ValueError(f"model.{name} is {value!r}; it must be one of {', '.join(known)}")
         if min(self.layers, self.hidden) < 1:
@@ -131,12 +135,47 @@ class ForecastHead(nn.Module):
         return outputs
 
 
+class OwnHead(nn.Module):
+    """Layers that were trained elsewhere, one after another; what they give are logits, or scaled values in any order.
+
+    `order` [M * K] puts the values one quantile after another; the mean is row `mean_at` of the [M, K] that this gives,
+    the quantiles are the last rows.
+    """
+
+    order: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
+
+    def __init__(self, layers: Sequence[nn.Module], config: ModelConfig) -> None:
+        super().__init__()
+        K, Q = len(config.targets), len(config.quantiles)
+        self.layers = nn.ModuleList(layers)
+        self.targets, self.quantiles = K, Q
+        self.mean_at = 0
+        self.register_buffer("order", torch.arange(K * (1 + Q)))
+        self.register_buffer("target_mean", torch.zeros(K))
+        self.register_buffer("target_scale", torch.ones(K))
+
+    def forward(self, hidden: Tensor, inputs: Tensor) -> dict[str, Tensor]:
+        """[T, B, hidden] -> {"logits": [T, B, N]}, or {"mean": [T, B, K], "quantiles": [T, B, Q, K]}."""
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.said(hidden) if self.targets else {"logits": hidden}
+
+    def said(self, raw: Tensor, scaled: bool = True) -> dict[str, Tensor]:
+        """What the last layer gave, [..., M * K], by name; from `scaled` to the data's own units."""
+        rows = raw[..., self.order].reshape(*raw.shape[:-1], -1, self.targets)
+        rows = self.target_mean + self.target_scale * rows if scaled else rows
+        outputs = {"mean": rows[..., self.mean_at, :]}
+        return outputs | {"quantiles": rows[..., -self.quantiles :, :]} if self.quantiles else outputs
+
+
 class RecurrentModel(nn.Module):
     """inputs, state -> outputs, state'; the same function in training, evaluation and export."""
 
     encoder: nn.Embedding | ValueEncoder
     rnn: nn.LSTM | nn.GRU | nn.RNN
-    head: LanguageHead | ClassifierHead | ForecastHead
+    head: LanguageHead | ClassifierHead | ForecastHead | OwnHead
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -147,7 +186,9 @@ class RecurrentModel(nn.Module):
         else:
             self.encoder = ValueEncoder(config.periods)
             width = self.encoder.width
-        cell = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[config.cell]
+        relu = partial(nn.RNN, nonlinearity="relu")
+        cells: dict[str, Callable[..., nn.LSTM | nn.GRU | nn.RNN]] = {"rnn": nn.RNN, "rnn-relu": relu}
+        cell = (cells | {"gru": nn.GRU, "lstm": nn.LSTM})[config.cell]
         between = config.dropout if config.layers > 1 else 0.0
         self.rnn = cell(width, config.hidden, num_layers=config.layers, dropout=between)
         self.dropout = nn.Dropout(config.dropout)

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from training.model import RecurrentModel, ValueEncoder, state_names
+from training.model import OwnHead, RecurrentModel, ValueEncoder, state_names
 
 BATCHES = (1, 2, 7, 64)
 CHUNKS = (1, 5, 2, 17, 8)
@@ -208,6 +208,9 @@ def plausible_entries(module: RecurrentModel, T: int, batch: int, seed: int = 0)
 
 def target_std(module: RecurrentModel) -> Array:
     """Standard deviation of each target [K] in the data's own units."""
+    if isinstance(module.head, OwnHead):
+        own: Array = module.head.target_scale.cpu().numpy()
+        return own
     assert isinstance(module.encoder, ValueEncoder)
     std: Array = module.encoder.scale[list(module.config.targets)].cpu().numpy()
     return std
@@ -223,7 +226,7 @@ def cpu_kind() -> str:
 
 
 def _units(module: RecurrentModel) -> str:
-    outputs = "each target's standard deviation" if module.config.task == "forecaster" else "logits"
+    outputs = "each target's standard deviation" if module.config.targets else "logits"
     return f"outputs: {outputs}; states: absolute, relative where a cell state is above 1"
 
 
@@ -238,7 +241,7 @@ def _output_distance(module: RecurrentModel, ours: Tensors, theirs: Tensors) -> 
 
 def _output_distances(module: RecurrentModel, ours: Tensors, theirs: Tensors) -> list[Array]:
     """A target far from zero is coarser in float32 than 1e-4 of its deviation; hence a thousandth of it at least."""
-    if module.config.task != "forecaster":
+    if not module.config.targets:
         return [np.abs(ours[name] - theirs[name]) for name in theirs]
     std = target_std(module)
     return [np.abs(ours[n] - theirs[n]) / np.maximum(std, np.abs(theirs[n]) / 1000) for n in theirs]

@@ -183,7 +183,7 @@ async def state(request: Request, session_id: SessionId, position: PastQuery = N
     head = msgspec.structs.replace(head_of(done), position=head_of(done).position if position is None else position)
     manifest = model.bundle.manifest
     if "application/json" in request.headers.get("accept", ""):
-        arrays = {spec.name: array.tolist() for spec, array in zip(manifest.states, done.row, strict=True)}
+        arrays = {spec.name: array.tolist() for spec, array in zip(manifest.session_states, done.row, strict=True)}
         return JsonResponse({**where(head), "state": arrays})
     name = f"attachment; filename={head.id.replace(':', '_')}-{head.position}.safetensors"
     return Response(write_state(manifest, head, done.row), media_type=STATE_TYPE, headers={"Content-Disposition": name})

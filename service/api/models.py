@@ -132,6 +132,7 @@ def card(versions: dict[int, Model]) -> dict[str, Any]:
         "cell": manifest.cell,
         "layers": manifest.layers,
         "hidden": manifest.hidden,
+        "memory": manifest.memory if isinstance(manifest.memory, str) else manifest.memory.model_dump(),
         "inputs": _inputs(manifest),
         "outputs": _outputs(manifest),
         "state_bytes": manifest.state_bytes,

@@ -262,6 +262,7 @@ class ModelCard(BaseModel):
     cell: str
     layers: int
     hidden: int
+    memory: str | dict[str, int]
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
     state_bytes: int

@@ -153,6 +153,9 @@ class Host(Protocol):
 class Work:
     """A row of the engine's batches: entries to fold into a state, from a beginning to an end."""
 
+    answered: int | None = None
+    """how many outputs are looked at, those of the last entries; None: all"""
+
     def __init__(self, listener: Listener, cost: int) -> None:
         self.listener = listener
         self.cost = max(cost, 1)
@@ -177,6 +180,12 @@ class Work:
     def steps(self) -> int:
         """Steps that can be taken now."""
         return self.remaining
+
+    def wanted(self, steps: int) -> int:
+        """How many of the last outputs of the next `steps` entries are looked at."""
+        if self.answered is None:
+            return steps
+        return max(1, min(steps, self.answered - (self.remaining - steps)))
 
     @property
     def draws(self) -> bool:
@@ -378,7 +387,7 @@ class SessionWork(Work):
 
     def _snapshot(self, branch: str, position: int, row: Row) -> Snapshot:
         manifest = self._host.manifest
-        data = state.dump(manifest.states, row)
+        data = state.dump(manifest.session_states, row)
         return Snapshot(branch, position, self._host.numerics, data, manifest.graph_sha256)
 
     def segment(

@@ -94,6 +94,7 @@ class Predict(Work):
         self.entries = entries
         self._begins_with = row
         self._count = 1 if last_only else len(entries)
+        self.answered = self._count + 1
         self._kept = Kept(self._count)
 
     def begin(self, host: Host) -> None:
@@ -128,6 +129,7 @@ class Feed(SessionWork):
         self._closes = closes
         self._fed = entries
         self._count = 1 if last_only else len(entries)
+        self.answered = self._count + 1
         self._outputs = Kept(self._count)
         self._kept = kept
 

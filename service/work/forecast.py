@@ -25,6 +25,8 @@ class Path:
 class Forecast(SessionWork):
     """Roll a session forward on its own predictions, on a copy; commits nothing."""
 
+    answered = 1
+
     def __init__(
         self,
         listener: Listener,

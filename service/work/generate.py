@@ -25,6 +25,8 @@ class Generate(SessionWork):
     `resumed` continues the session's suspended generate instead of beginning a new one.
     """
 
+    answered = 1
+
     def __init__(
         self,
         listener: Listener,

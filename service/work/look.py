@@ -20,6 +20,7 @@ class Peek(SessionWork):
         self._head = at
         self._position = position
         self._count = count
+        self.answered = count + 1
         self._outputs = Kept(count)
 
     @property
@@ -53,6 +54,8 @@ class Peek(SessionWork):
 
 class Verify(SessionWork):
     """Fold the retained log again from its beginning; compare with every snapshot and with the state in memory."""
+
+    answered = 1
 
     def __init__(self, listener: Listener, at: Head, position: int | None) -> None:
         super().__init__(listener, 1, at)
@@ -106,7 +109,7 @@ class Verify(SessionWork):
             self._answer()
 
     def _compare(self, position: int) -> None:
-        specs = self._host.manifest.states
+        specs = self._host.manifest.session_states
         if position == self._resident.folded and self._holds_head:
             self._judge(position, state.equal(self._resident.row, self.row))
         snapshot = self._host.snapshot(self._head, position + 1)

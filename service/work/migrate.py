@@ -2,7 +2,6 @@
 
 import msgspec
 
-from service import state
 from service.store.base import Branch, Commit, Head, Line, Reply, graft
 from service.work.base import Host, Resident, SessionWork, new_branch
 from service.work.events import Done, Listener
@@ -15,6 +14,8 @@ class Migrate(SessionWork):
     Without `switch` nothing is committed: the session goes on with its old memory meanwhile, and what has been
     folded is taken over by a second piece of work (`after`) that folds the rest and switches.
     """
+
+    answered = 1
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Migrate(SessionWork):
     def begin(self, host: Host) -> None:
         """Start from the initial state, or from where the work before stopped."""
         self._old = self._head
-        base = Resident(self._moved(host), state.initial_row(host.manifest.states), 0, host.codec.none(), None, None, 0)
+        base = Resident(self._moved(host), host.initial_row, 0, host.codec.none(), None, None, 0)
         self.start(host, base)
         if (after := self._after) is not None:
             self.row, self.output, self.at = after.row, after.output, after.at

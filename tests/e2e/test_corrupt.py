@@ -94,7 +94,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "symbol-missing": (manifest(lambda m: m["symbols"].pop()), ""),
     "symbol-too-many": (manifest(lambda m: m["symbols"].append("z")), ""),
     "symbols-repeat": (manifest(lambda m: m["symbols"].append(m["symbols"][0])), "symbols repeat"),
-    "window": (manifest(lambda m: m.update(memory={"window": 24})), "window"),
+    "no-window": (manifest(lambda m: m.update(memory={"window": 0})), "memory"),
     "unknown-task": (manifest(lambda m: m.update(task="oracle")), "task"),
     "created-not-a-time": (manifest(lambda m: m.update(created="yesterday")), "created"),
 }

@@ -34,7 +34,8 @@ def manifest_of(models: Path, model: str) -> Manifest:
 
 def writers() -> list[str]:
     """The models that generate."""
-    return [model for model in every_model() if model in ("tiny-letters", "tiny-tags", "shakespeare")]
+    known = ("tiny-letters", "tiny-tags", "tiny-window-letters", "shakespeare")
+    return [model for model in every_model() if model in known]
 
 
 def start_of(models: Path, model: str) -> list[Any]:

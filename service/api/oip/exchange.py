@@ -37,8 +37,8 @@ def outputs_of(manifest: Manifest) -> list[Spec]:
 
 def states_of(manifest: Manifest) -> tuple[list[Spec], list[Spec]]:
     """The states before and after, batch first."""
-    before = [Spec(spec.input, spec.dtype, (-1, *spec.row_shape)) for spec in manifest.states]
-    return before, [Spec(spec.output, spec.dtype, (-1, *spec.row_shape)) for spec in manifest.states]
+    before = [Spec(spec.input, spec.dtype, (-1, *spec.row_shape)) for spec in manifest.session_states]
+    return before, [Spec(spec.output, spec.dtype, (-1, *spec.row_shape)) for spec in manifest.session_states]
 
 
 def _batch_first(spec: TensorSpec) -> Spec:

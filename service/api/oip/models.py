@@ -144,7 +144,7 @@ async def config(request: Request, name: str, version: int | None) -> Response:
             "data_type": f"TYPE_{datatype(spec.dtype)}",
             "dims": list(spec.row_shape),
         }
-        for spec in manifest.states
+        for spec in manifest.session_states
     ]
     return JsonResponse(
         {
