@@ -7,12 +7,13 @@ COMPLETE := $(VENV)/.complete
 INSTALL = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
 NAME ?= $(RECIPE)
 
-.PHONY: help run test chaos check bench bench-triton train export clean
+.PHONY: help run test chaos fuzz check bench bench-triton train export clean
 
 help:
 	@echo 'make run                    install what serving needs into $(VENV) and start the service'
 	@echo 'make test                   add training and test dependencies to $(VENV) and run the tests'
 	@echo 'make chaos                  break things under many clients and check every session; ARGS="--minutes 10" for longer'
+	@echo 'make fuzz                   throw mangled bytes at every route; ARGS="--minutes 10" for longer'
 	@echo 'make check                  formatting, lint, types, import contracts'
 	@echo 'make bench                  measure the service beside limits and peers; BENCH=posts for one, ARGS=--help for options'
 	@echo 'make bench-triton           install Triton, so that `make bench` measures it too'
@@ -29,6 +30,10 @@ test: $(COMPLETE)
 chaos: ARGS ?= --minutes 2
 chaos: $(COMPLETE)
 	$(BIN)/python -m pytest tests/chaos -q $(ARGS)
+
+fuzz: ARGS ?= --minutes 2
+fuzz: $(COMPLETE)
+	$(BIN)/python -m pytest tests/e2e/test_fuzz.py -q -s $(ARGS)
 
 check: $(COMPLETE)
 	$(BIN)/python -m ruff format --check .

@@ -1,5 +1,7 @@
 """`recurra`: one command for both sides; each loads only what it needs, so serving never loads torch."""
 
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -8,6 +10,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Recurrent networks that keep remembering: serve them, or train and export them.",
 )
+
+keys = typer.Typer(no_args_is_help=True, help="API keys for RECURRA_API_KEYS_FILE.")
+app.add_typer(keys, name="keys")
 
 FOR_TRAINING = {"torch", "onnx", "matplotlib"}
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -19,6 +24,27 @@ def serve() -> None:
     from service.__main__ import main as run_service
 
     raise typer.Exit(run_service())
+
+
+@keys.command("new")
+def new_key(
+    tenant: Annotated[str, typer.Argument(help="whose it is: small letters, digits, dots, dashes")],
+    scope: Annotated[str, typer.Option(help="use, admin (also reload, load, unload, metrics) or metrics")] = "use",
+    days: Annotated[int | None, typer.Option(min=1, max=36_500, help="until it expires; default: never")] = None,
+) -> None:
+    """Make a key: it is shown once on standard error, its line for the file goes to standard output."""
+    from datetime import UTC, datetime, timedelta
+
+    from service.api.auth import SCOPES, make_key
+
+    if scope not in SCOPES:
+        raise typer.BadParameter(f"one of {', '.join(SCOPES)}", param_hint="--scope")
+    try:
+        key, line = make_key(tenant, scope, datetime.now(UTC) + timedelta(days=days) if days is not None else None)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="TENANT") from error
+    typer.echo(f"the key, which is not kept anywhere:\n  {key}\nits line for RECURRA_API_KEYS_FILE:", err=True)
+    typer.echo(line)
 
 
 @app.command(context_settings=PASSED_ON)

@@ -14,7 +14,9 @@ import structlog
 import uvicorn
 
 from service.api import websocket
-from service.api.wire import Wire
+from service.api.auth import KeysError
+from service.api.connections import SEND_BUFFER_BYTES, Connection, cut_off, make_room
+from service.api.door import HEADERS
 from service.app import create_app, open_store
 from service.settings import Settings, SettingsError, load
 from service.store.base import StoreError
@@ -37,10 +39,16 @@ def main() -> int:
         return _refuse(str(error))
     except StoreError as error:
         return _refuse(f"{'RECURRA_DATA_DIR' if settings.store == 'sqlite' else 'RECURRA_STORE'}: {error}")
-    app = create_app(settings, store)
+    try:
+        app = create_app(settings, store)
+    except KeysError as error:
+        store.close()
+        return _refuse(f"RECURRA_API_KEYS_FILE: {error}")
+    make_room(settings.max_connections)
     config = uvicorn.Config(
         app,
-        http=Wire,
+        http=Connection,
+        headers=HEADERS,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -60,10 +68,12 @@ def listen(settings: Settings) -> socket.socket:
     """The open port; raises SettingsError when it can not be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         where = f"RECURRA_HOST={settings.host!r}, RECURRA_PORT={settings.port}"
         raise SettingsError(f"{where}: {os.strerror(error.errno) if error.errno else error}") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    return listener
 
 
 class Unfailing:
@@ -95,6 +105,12 @@ class Server(uvicorn.Server):
         # Not uvicorn's own: that raises the signal again at the end, and the exit code would not be 0.
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            cut_off(self.server_state.connections)
+        return await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where to go next, once the port is open."""

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
 
 import structlog
 from fastapi import FastAPI
@@ -23,6 +25,9 @@ from service.api import (
     streaming,
     websocket,
 )
+from service.api.auth import Keys
+from service.api.door import OPEN, Door, with_cors
+from service.api.limits import Limits
 from service.api.oip.tallies import Tallies
 from service.api.requests import Departures
 from service.history import History
@@ -38,6 +43,7 @@ log = structlog.get_logger(__name__)
 
 VERSION = "0.1.0"
 SWEEP_EVERY_S = 30.0
+KEYS_EVERY_S = 1.0
 
 
 def open_store(settings: Settings) -> Store:
@@ -54,9 +60,15 @@ def open_store(settings: Settings) -> Store:
 
 
 class App(FastAPI):
-    """The application; what is asked most takes the short way."""
+    """The application behind its door; what is asked most takes the short way."""
+
+    front: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that comes through the door."""
+        await self.front(scope, receive, send)
+
+    async def inside(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, by the short way if there is one."""
         found = shortcuts.find(scope)
         if found is None:
@@ -66,7 +78,7 @@ class App(FastAPI):
 
 
 def create_app(settings: Settings, store: Store) -> FastAPI:
-    """The service as an ASGI application, on an open store."""
+    """The service as an ASGI application, on an open store; raises KeysError."""
     app = App(
         title="Recurra",
         version=VERSION,
@@ -80,6 +92,9 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     app.state.settings = settings
     app.state.store = store
     app.state.departures = Departures()
+    app.state.keys = Keys(settings.api_keys_file)
+    app.state.limits = Limits(store)
+    app.front = with_cors(Door(app.inside, app.state.keys, app.state.limits), settings.cors_origins)
     app.state.tallies = Tallies()
     for module in (models, sessions, streaming, websocket, bulk, openai, oip, history, operations):
         app.include_router(module.router)
@@ -87,7 +102,20 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     patch_fastapi(app, redirect_from_root_to_docs=False)
     errors.install(app)
     app.add_middleware(CountRequests)
+    if app.state.keys.on:
+        app.openapi = partial(_with_keys, app.openapi)  # type: ignore[method-assign]
     return app
+
+
+def _with_keys(openapi: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI page, which says that a key is needed."""
+    page = openapi()
+    page["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    page["security"] = [{"key": []}]
+    for path in OPEN & page["paths"].keys():
+        for operation in page["paths"][path].values():
+            operation["security"] = []
+    return page
 
 
 @asynccontextmanager
@@ -103,16 +131,28 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.registry = registry
     app.state.sessions = Sessions(registry, app.state.store, settings.session_ttl_s, settings.session_wait_ms / 1000)
     app.state.history = History(app.state.sessions)
+    app.state.sessions.may_begin = app.state.limits.begin_session
+    await app.state.limits.count(app.state.keys.allowances())
     registry.start()
-    sweeper = asyncio.create_task(_every(SWEEP_EVERY_S, app.state.sessions.sweep))
+    upkeep = [
+        asyncio.create_task(_every(SWEEP_EVERY_S, app.state.sessions.sweep)),
+        asyncio.create_task(_every(SWEEP_EVERY_S, lambda: app.state.limits.count(app.state.keys.allowances()))),
+        asyncio.create_task(_every(KEYS_EVERY_S, lambda: _refresh(app.state.keys, app.state.limits))),
+    ]
     try:
         yield
     finally:
-        sweeper.cancel()
+        for task in upkeep:
+            task.cancel()
         await app.state.sessions.drain(settings.grace_s)
         await asyncio.to_thread(registry.stop)
         await asyncio.to_thread(app.state.store.close)
         log.info("stopped")
+
+
+async def _refresh(keys: Keys, limits: Limits) -> None:
+    if await asyncio.to_thread(keys.refresh):
+        await limits.count(keys.allowances())
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:

@@ -106,6 +106,7 @@ class History:
             at = parent.position if position is None else position
             _must_reach(parent, at)
             await self._sessions.must_not_live(child)
+            self._sessions.may_begin(child[0])
             branch = await self._branch(parent, at)
             head = msgspec.structs.replace(
                 parent,
@@ -187,6 +188,7 @@ class History:
         row = _checked_row(manifest, file, data)
         async with self._sessions.turn(key):
             await self._sessions.must_not_live(key)
+            self._sessions.may_begin(key[0])
             new = NewSession(key, file.seed, self._sessions.default_ttl_s)
             epoch = await asyncio.to_thread(self._store.next_epoch, key)
             head = new_head(new, manifest, epoch, file.position)

@@ -32,6 +32,17 @@ RESIDENT = Gauge("recurra_sessions_resident", "Sessions held in memory", _MODEL,
 QUEUED_STEPS = Gauge("recurra_queued_steps", "Steps waiting or running", _MODEL, registry=REGISTRY)
 REQUESTS = Counter("recurra_requests", "HTTP requests by method and status", ("method", "status"), registry=REGISTRY)
 
+TENANT_REQUESTS = Counter(
+    "recurra_tenant_requests", "HTTP requests by tenant and status", ("tenant", "status"), registry=REGISTRY
+)
+TENANT_STEPS = Counter("recurra_tenant_steps", "Steps asked for by tenant", ("tenant",), registry=REGISTRY)
+TENANT_REFUSALS = Counter(
+    "recurra_tenant_refusals", "Requests refused by a tenant's limit", ("tenant", "limit"), registry=REGISTRY
+)
+CUT = Counter(
+    "recurra_connections_cut", "Connections cut off: slow, too large, too many", ("reason",), registry=REGISTRY
+)
+
 
 def render() -> bytes:
     """The metrics in Prometheus' text format."""

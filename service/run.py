@@ -1,6 +1,7 @@
 """A generate as its readers see it: tokens that can be read by many, cut, replayed from the log and resumed."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,11 +14,15 @@ from service.tasks import TextStream
 from service.work.events import Done, Event, Failed, LostRace, Suspended, Token, Tokens
 from service.work.generate import Generate
 
+MAX_UNREAD = 2048
+UNREAD_S = 1.0
+"""a run of which nobody has read anything for that long, and so many tokens not at all, is suspended"""
+
 
 class Run:
     """A generate that runs: its tokens so far, and those who read them.
 
-    When nobody reads any more it is suspended at a committed position.
+    When nobody reads any more, or all read too slowly, it is suspended at a committed position.
     """
 
     def __init__(self, model: Model, base: Head | None, on_end: Callable[[], None]) -> None:
@@ -29,6 +34,9 @@ class Run:
         self._on_end = on_end
         self._news = asyncio.Event()
         self.readers = 0
+        self.read = 0
+        """tokens that the fastest reader has had"""
+        self.read_at = time.monotonic()
         self.work: Generate | None = None
 
     @property
@@ -40,6 +48,8 @@ class Run:
         """Take an event of the work, on the event loop."""
         if isinstance(event, Tokens):
             self.tokens += event.each()
+            if len(self.tokens) - self.read > MAX_UNREAD and time.monotonic() - self.read_at > UNREAD_S:
+                self.ask("suspend")
         else:
             self.end = event
             self._on_end()
@@ -126,6 +136,7 @@ class Reader:
         await self.wait()
         fresh = self.run.tokens[self._seen :]
         self._seen += len(fresh)
+        self.run.read, self.run.read_at = max(self.run.read, self._seen), time.monotonic()
         return fresh
 
     async def after(self, position: int) -> list[Token]:

@@ -279,6 +279,8 @@ class Sessions:
         self._runs: dict[Key, Run] = {}
         self._outbox = Outbox()
         self.draining = False
+        self.may_begin: Callable[[str], None] = lambda _: None
+        """raises Problem when the tenant of that name has as many sessions as it may have"""
 
     # ------------------------------------------------------------------ reading
 
@@ -635,6 +637,7 @@ class Sessions:
         return self.registry.of(head), head
 
     def _new(self, key: Key, opening: Opening) -> NewSession:
+        self.may_begin(key[0])
         seed = opening.seed if opening.seed is not None else new_seed()
         ttl_s = opening.ttl_s if opening.ttl_s is not None else self.default_ttl_s
         return NewSession(key, seed, ttl_s, opening.metadata or {})

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, FilePath, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "RECURRA_"
@@ -55,6 +55,19 @@ class Settings(BaseSettings):
         default=86_400, ge=1, le=10**9, description="idle seconds until a sequence begun on /v2 expires"
     )
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024, description="greatest request body")
+    max_header_bytes: int = Field(default=32 * 1024, ge=1024, le=2**20, description="greatest head of a request")
+    max_connections: int = Field(default=10_000, ge=1, le=10**6, description="connections at once")
+    head_wait_s: float = Field(default=10.0, ge=0.5, le=3600, description="seconds that a request's head may take")
+    body_wait_s: float = Field(default=60.0, ge=0.5, le=86_400, description="seconds that a request's body may take")
+    send_wait_s: float = Field(
+        default=30.0, ge=0.5, le=86_400, description="seconds that a client may not read, until it is cut off"
+    )
+    api_keys_file: FilePath | None = Field(default=None, description="file of the API keys; none: no key is needed")
+    cors_origins: str = Field(
+        default="",
+        pattern=r"^(|\*|https?://[^\s,/*]+(,https?://[^\s,/*]+)*)$",
+        description="origins whose pages may ask, with commas between; *: all",
+    )
     max_tokens: int = Field(default=100_000, ge=1, description="greatest max_tokens of a generate")
     grace_s: float = Field(default=10.0, ge=0, le=3600, description="seconds to finish what runs at SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")

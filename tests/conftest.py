@@ -1,5 +1,6 @@
 """Fixtures of every layer: the tiny bundles, built once a run, and engines on them."""
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,20 @@ from service.engine import Engine, Post
 from service.runner import Runner
 from service.store.base import Store
 from service.store.memory import MemoryStore
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, default=0.0, help="how long what is random goes on")
+    parser.addoption("--seed", type=int, default=None, help="the seed that a failed run printed")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Decides what is random in a test; printed, so that a failed run can be repeated."""
+    given = request.config.getoption("seed")
+    chosen = given if given is not None else random.SystemRandom().randrange(10**6)
+    print(f"--seed {chosen}")
+    return int(chosen)
 
 
 @pytest.fixture(scope="session")

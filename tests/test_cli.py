@@ -2,7 +2,12 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from service.api.auth import Keys
 
 ROOT = Path(__file__).parents[1]
 HEAVY = "{'torch', 'onnx', 'matplotlib', 'training'}"
@@ -28,7 +33,7 @@ finally:
     done = run("-c", code)
     assert done.returncode == 0
     assert done.stderr == "[]\n"
-    for command in ("serve", "train", "evaluate", "sample", "export", "recipes"):
+    for command in ("serve", "keys", "train", "evaluate", "sample", "export", "recipes"):
         assert command in done.stdout
 
 
@@ -70,3 +75,25 @@ cli.app(["train", "--recipe", "who"], prog_name="recurra")
     done = run("-c", code)
     assert done.returncode == 1
     assert done.stderr == "recurra train needs torch: pip install -e '.[training]'\n"
+
+
+def test_a_new_key_is_shown_once_and_its_line_opens_the_service(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    for arguments in (("acme",), ("ops", "--scope", "admin", "--days", "9")):
+        done = run("-m", "cli", "keys", "new", *arguments)
+        assert done.returncode == 0, done.stderr
+        key = next(word for word in done.stderr.split() if word.startswith("rk_"))
+        assert key.split("_", 2)[2] not in done.stdout
+        with file.open("a") as lines:
+            lines.write(done.stdout)
+        found = Keys(file).tenant_of(f"Bearer {key}".encode())
+        assert (found.name, found.scope or "") == (arguments[0], "admin" if len(arguments) > 1 else "use")
+    assert found.expires_s is not None and 8.9 * 86_400 < found.expires_s - time.time() < 9.1 * 86_400
+
+
+@pytest.mark.parametrize(
+    "arguments", [("Acme",), ("a/b",), ("",), ("acme", "--scope", "root"), ("acme", "--days", "0")]
+)
+def test_a_key_that_can_not_be_is_refused(arguments: tuple[str, ...]) -> None:
+    done = run("-m", "cli", "keys", "new", *arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""

@@ -19,6 +19,7 @@ def test_the_defaults() -> None:
     assert (found.host, found.port) == ("127.0.0.1", 8000)
     assert (found.models_dir, found.data_dir) == (Path("models"), Path("var"))
     assert (found.store, found.durability, found.session_ttl_s) == ("sqlite", "commit", 0)
+    assert (found.api_keys_file, found.cors_origins) == (None, "")
 
 
 def test_every_setting_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

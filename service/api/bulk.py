@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import document, from_validation, problem_from
+from service.api.limits import Visit, steps_in
 from service.api.requests import (
     KEY_PARAMETER,
     MAX_KEY,
@@ -23,10 +24,10 @@ from service.api.requests import (
     digest_of,
     header,
     history_of,
-    key_of,
     must_be,
     read_bytes,
     sessions_of,
+    visit_of,
 )
 from service.api.responses import BODY_ERRORS, described
 from service.api.sessions import StepsBody, answer_line, feed_of, is_long, kept_answer, written
@@ -118,7 +119,9 @@ def _session_in(raw: bytes) -> str | None:
 class Bulk:
     """The lines of one request on their way through the engine."""
 
-    def __init__(self, sessions: Sessions, history: History, key: str | None, body: bytes) -> None:
+    def __init__(self, sessions: Sessions, history: History, visit: Visit, key: str | None, body: bytes) -> None:
+        self._visit = visit
+        self._tenant = visit.tenant.name
         self._sessions = sessions
         self._history = history
         self._key = key
@@ -191,9 +194,14 @@ class Bulk:
     def _start(self, line: Line) -> None:
         if line.body is None:
             return
+        try:
+            self._visit.take(steps_in(line.body.inputs))
+        except Problem as problem:
+            line.problem = problem
+            return
         if line.body.key is None and self._key is None:
             try:
-                line.feeding = self._sessions.feed_now(key_of(line.body.session), *feed_of(line.body))
+                line.feeding = self._sessions.feed_now((self._tenant, line.body.session), *feed_of(line.body))
             except Exception as error:
                 line.problem = problem_from(error)
                 return
@@ -239,10 +247,10 @@ class Bulk:
         inputs, opening = feed_of(body, keyed)
 
         async def fresh() -> bytes:
-            return await written(await self._sessions.feed(key_of(body.session), inputs, opening), body)
+            return await written(await self._sessions.feed((self._tenant, body.session), inputs, opening), body)
 
         async def replay(reply: Reply) -> bytes:
-            return await kept_answer(self._history, reply, body)
+            return await kept_answer(self._history, self._tenant, reply, body)
 
         return await self._sessions.replies.once(keyed, fresh, replay)
 
@@ -252,7 +260,7 @@ class Bulk:
             return None
         key = checked_key(body.key) if body.key is not None else f"{self._key}:{line.number}"
         asked = body.model_dump_json(exclude={"session", "key"})
-        return Keyed("", body.session, key, digest_of(f"/v1/sessions/{body.session}/steps?", asked))
+        return Keyed(self._tenant, body.session, key, digest_of(f"/v1/sessions/{body.session}/steps?", asked))
 
 
 class BulkAnswer(Response):
@@ -294,4 +302,4 @@ async def bulk_steps(request: Request) -> Response:
     body = await read_bytes(request)
     if body.count(b"\n") > MAX_LINES:
         raise Problem("payload_too_large", f"at most {MAX_LINES} lines a request")
-    return BulkAnswer(Bulk(sessions_of(request), history_of(request), key, body))
+    return BulkAnswer(Bulk(sessions_of(request), history_of(request), visit_of(request), key, body))

@@ -1,5 +1,6 @@
 """Problem documents (RFC 9457): each code's status and title, and the handlers that write them."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -21,11 +22,14 @@ OPENAI = ("/v1/completions", "/v1/models")
 
 STATUS: dict[str, tuple[int, str]] = {
     "bad_request": (400, "Bad request"),
+    "unauthorized": (401, "Unauthorized"),
+    "forbidden": (403, "Forbidden"),
     "not_found": (404, "No such route"),
     "method_not_allowed": (405, "Method not allowed"),
     "model_not_found": (404, "Model not found"),
     "version_not_found": (404, "Model version not found"),
     "session_not_found": (404, "Session not found"),
+    "request_timeout": (408, "Request timeout"),
     "session_exists": (409, "Session exists"),
     "position_mismatch": (409, "Position mismatch"),
     "model_mismatch": (409, "Model mismatch"),
@@ -45,6 +49,9 @@ STATUS: dict[str, tuple[int, str]] = {
     "upgrade_required": (426, "Upgrade required"),
     "skipped": (424, "Skipped"),
     "session_busy": (429, "Session busy"),
+    "rate_limited": (429, "Rate limited"),
+    "quota_exceeded": (429, "Quota exceeded"),
+    "headers_too_large": (431, "Headers too large"),
     "internal": (500, "Internal error"),
     "not_supported": (501, "Not supported"),
     "numeric_fault": (500, "Numeric fault"),
@@ -96,12 +103,23 @@ def answer(problem: Problem, path: str = "") -> Response:
     body = document(problem)
     if path == "/v2" or path.startswith("/v2/"):
         body = _as_open_inference(body)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if body["status"] in (429, 503) else {}
+    headers = headers_of(problem)
     if path.startswith(OPENAI):
         body["error"] = openai_error(problem)
         if body["status"] == 409:
             headers["x-should-retry"] = "false"  # the openai package would: here another try ends in the same
     return Response(msgspec.json.encode(body) + b"\n", body["status"], headers, media_type="application/problem+json")
+
+
+def headers_of(problem: Problem) -> dict[str, str]:
+    """The headers that a problem's answer has besides: when to try again, how to say who asks (RFC 6750)."""
+    status = STATUS[problem.code][0]
+    if status in (429, 503):
+        return {"Retry-After": str(problem.members.get("retry_after_s", RETRY_AFTER_S))}
+    if status == 401:
+        error = problem.members.get("error")
+        return {"WWW-Authenticate": 'Bearer realm="recurra"' + (f', error="{error}"' if error else "")}
+    return {}
 
 
 def from_validation(error: ValidationError) -> Problem:
@@ -148,11 +166,26 @@ def answer_to(error: Exception, path: str = "") -> Response:
     return found
 
 
+def _methods_at(request: Request) -> list[str]:
+    """What a path can be asked, over all its routes: Starlette says it of the first one only."""
+    paths, asked = request.app.openapi()["paths"], request.url.path
+    named = [asked] if asked in paths else [one for one in paths if _fits(one, asked)]
+    return sorted({method.upper() for one in named for method in paths[one]})
+
+
+def _fits(template: str, path: str) -> bool:
+    named = re.split(r"\{[^}]*\}", template)
+    return re.fullmatch("[^/]+".join(map(re.escape, named)), path) is not None
+
+
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return answer_to(error, request.url.path)
+        found = answer_to(error, request.url.path)
+        if found.status_code == 405 and (methods := _methods_at(request)):
+            found.headers["Allow"] = ", ".join(methods)
+        return found
 
     for kind in (Problem, HTTPException, ValidationError, RequestValidationError, ClientLeft, StoreError, Exception):
         app.add_exception_handler(kind, handle)

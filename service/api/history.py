@@ -72,8 +72,8 @@ async def fork(request: Request, session_id: SessionId) -> Response:
     history, keyed = history_of(request), keyed_of(request, "", body)
 
     async def fresh() -> Response:
-        child = key_of(body.id if body.id is not None else new_id())
-        return created(await history.fork(key_of(session_id), child, body.position, body.seed, keyed))
+        child = key_of(request, body.id if body.id is not None else new_id())
+        return created(await history.fork(key_of(request, session_id), child, body.position, body.seed, keyed))
 
     return await while_connected(request, sessions_of(request).replies.once(keyed, fresh, replay_created))
 
@@ -89,7 +89,7 @@ async def rewind(request: Request, session_id: SessionId) -> Response:
     history, keyed = history_of(request), keyed_of(request, session_id, body)
 
     async def fresh() -> Response:
-        return JsonResponse(session(await history.rewind(key_of(session_id), body.position, keyed)))
+        return JsonResponse(session(await history.rewind(key_of(request, session_id), body.position, keyed)))
 
     return await while_connected(request, sessions_of(request).replies.once(keyed, fresh, replay_session))
 
@@ -114,7 +114,7 @@ async def migrate(request: Request, session_id: SessionId) -> Response:
     history, keyed = history_of(request), keyed_of(request, session_id, body)
 
     async def fresh() -> Response:
-        return JsonResponse(session(await history.migrate(key_of(session_id), body.version, keyed)))
+        return JsonResponse(session(await history.migrate(key_of(request, session_id), body.version, keyed)))
 
     return await while_connected(request, sessions_of(request).replies.once(keyed, fresh, replay_session))
 
@@ -129,7 +129,7 @@ async def verify(request: Request, session_id: SessionId, position: PastQuery = 
     replies, keyed = sessions_of(request).replies, keyed_of(request, session_id)
 
     async def fresh() -> Response:
-        verdict = await history_of(request).verify(key_of(session_id), position)
+        verdict = await history_of(request).verify(key_of(request, session_id), position)
         answer: dict[str, Any] = {
             "verified": verdict.verified,
             "from_position": verdict.from_position,
@@ -157,7 +157,7 @@ async def log(
 ) -> Response:
     """Read the entries of a session's log, in order."""
     begin = cursor if cursor is not None else after
-    model, head, segments = await history_of(request).log(key_of(session_id), begin, limit)
+    model, head, segments = await history_of(request).log(key_of(request, session_id), begin, limit)
     data = [entry for segment in segments for entry in _entries(model.engine.codec, segment)]
     more = data and data[-1]["position"] < head.position
     return JsonResponse({"data": data, "next_cursor": data[-1]["position"] if more else None})
@@ -171,15 +171,19 @@ def _entries(codec: Codec, segment: Segment) -> list[dict[str, Any]]:
     ]
 
 
+def _state_described() -> dict[int | str, dict[str, Any]]:
+    found = described(200, "the state, by the manifest's names", "State", *ERRORS, "position_mismatch", "log_truncated")
+    found[200]["content"] = {STATE_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+    return found
+
+
 @router.get(
     "/{session_id}/state",
-    responses=described(
-        200, "the state, by the manifest's names", "State", *ERRORS, "position_mismatch", "log_truncated"
-    ),
+    responses=_state_described(),
 )
 async def state(request: Request, session_id: SessionId, position: PastQuery = None) -> Response:
     """Take the memory itself: a safetensors file, or JSON to look at (`Accept: application/json`)."""
-    model, done = await while_connected(request, history_of(request).state(key_of(session_id), position))
+    model, done = await while_connected(request, history_of(request).state(key_of(request, session_id), position))
     head = msgspec.structs.replace(head_of(done), position=head_of(done).position if position is None else position)
     manifest = model.bundle.manifest
     if "application/json" in request.headers.get("accept", ""):
@@ -203,5 +207,5 @@ async def upload(request: Request, session_id: SessionId) -> Response:
         raise Problem("unsupported_media_type", f"a state file is sent with -H 'Content-Type: {STATE_TYPE}'")
     data = await read_bytes(request)
     replies = sessions_of(request).replies
-    work = replies.again(lambda: history_of(request).upload(key_of(session_id), data))
+    work = replies.again(lambda: history_of(request).upload(key_of(request, session_id), data))
     return created(await while_connected(request, work))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from service.api.limits import steps_in
 from service.api.requests import (
     KEY_PARAMETER,
     Strict,
@@ -16,7 +17,9 @@ from service.api.requests import (
     keyed_of,
     read,
     replay_body,
+    require_admin,
     sessions_of,
+    visit_of,
     while_connected,
 )
 from service.api.responses import BODY_ERRORS, JsonResponse, described
@@ -64,6 +67,7 @@ async def get_model(request: Request, model: str) -> Response:
 async def reload(request: Request) -> Response:
     """Look at the models folder again: new versions are loaded, sessions stay on theirs until they are migrated."""
     registry: Registry = request.app.state.registry
+    require_admin(request)
     replies, keyed = sessions_of(request).replies, keyed_of(request, "")
 
     async def fresh() -> Response:
@@ -85,6 +89,7 @@ async def predict(request: Request, model: str) -> Response:
     """Run whole sequences from an empty memory; nothing is kept."""
     body = await read(request, PredictBody)
     replies, keyed = sessions_of(request).replies, keyed_of(request, "", body)
+    visit_of(request).take(sum(map(steps_in, body.sequences)))
 
     async def fresh() -> Response:
         answer = JsonResponse(await _predict(request, request.app.state.registry.get(model, body.version), body))

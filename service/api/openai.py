@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api import errors
 from service.api.completions import Answer, Choice, CompletionBody, CompletionStream, Source, scored, unscored
+from service.api.limits import steps_in
 from service.api.requests import (
     body_of,
     header,
@@ -20,6 +21,7 @@ from service.api.requests import (
     replay_body,
     replayed,
     sessions_of,
+    visit_of,
     while_connected,
 )
 from service.api.responses import BODY_ERRORS, ERRORS, described
@@ -60,7 +62,10 @@ RESPONSES = described(
     *BODY_ERRORS,
     streams=True,
 )
-RESPONSES[200]["content"]["text/event-stream"]["example"] = STREAM_EXAMPLE
+RESPONSES[200]["content"]["text/event-stream"] = {
+    "schema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}},
+    "example": STREAM_EXAMPLE,
+}
 
 
 @router.post(
@@ -81,6 +86,11 @@ async def completions(request: Request) -> Response:
     body = await read(request, CompletionBody)
     limit: int = request.app.state.settings.max_tokens
     body.check(limit)
+    prompts, visit = body.prompts(), visit_of(request)
+    drawn = len(prompts) * body.candidates * body.length
+    if body.stream:
+        visit.stream()
+    visit.take(drawn + sum(steps_in(one) for one in prompts if one is not None))
     if body.session is None:
         return await while_connected(request, _alone(request, body))
     keyed = keyed_of(request, body.session, body, "stream", "stream_options")
@@ -200,7 +210,7 @@ async def _draws(
 
 async def _remembered(request: Request, body: CompletionBody, session: str, keyed: Keyed | None) -> Response:
     """A completion that goes on from a session's memory and is remembered."""
-    sessions, key = sessions_of(request), key_of(session)
+    sessions, key = sessions_of(request), key_of(request, session)
     (prompt,) = body.prompts()
     opening = Opening(body.model, seed=body.own_seed)
 
@@ -323,5 +333,5 @@ async def _echo(request: Request, body: CompletionBody, model: Model, span: Span
     if not body.scored or span.end == span.start:
         return unscored(entries)
     place = Reply(span.session, "", b"", "feed", branch=span.branch, start=span.start, end=span.end, graph=span.graph)
-    _, done = await history_of(request).outputs(key_of(span.session), place, span.end, len(entries))
+    _, done = await history_of(request).outputs(key_of(request, span.session), place, span.end, len(entries))
     return await scored(model.engine.codec, entries, done, body.logprobs or 0)

@@ -1,13 +1,15 @@
 """Routes for those who run the service: alive, ready, metrics."""
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import RedirectResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 
 from service import metrics
 from service.api.errors import RETRY_AFTER_S
-from service.api.responses import JsonResponse
+from service.api.requests import visit_of
+from service.api.responses import JsonResponse, described
 
 router = APIRouter(tags=["operations"])
 
@@ -24,13 +26,19 @@ async def healthz() -> Response:
     return JsonResponse({"status": "ok"})
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses={503: {"description": "not ready; `problems` says why", "model": dict[str, Any]}})
 async def readyz(request: Request) -> Response:
-    """Models are loaded, the store can be written and the service is not stopping; names what is wrong."""
+    """Models are loaded, the store can be written and the service is not stopping; names what is wrong.
+
+    Needs no key; where there are keys, the models are named to one of scope admin only.
+    """
     state, problems = request.app.state, await unready(request)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if problems else None
+    said = {"status": "ready" if not problems else "not ready", "problems": problems}
+    if not visit_of(request).tenant.is_admin:
+        return JsonResponse(said, 503 if problems else 200, headers)
     body = {
-        "status": "ready" if not problems else "not ready",
-        "problems": problems,
+        **said,
         "models": {name: list(versions) for name, versions in state.registry.versions().items()},
         "skipped": state.registry.problems,
         "row_by_row": [
@@ -40,7 +48,6 @@ async def readyz(request: Request) -> Response:
         ],
         "store": {"kind": state.settings.store.partition(":")[0], "durability": state.store.durability},
     }
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if problems else None
     return JsonResponse(body, 503 if problems else 200, headers)
 
 
@@ -57,7 +64,11 @@ async def unready(request: Request) -> dict[str, object]:
     return problems
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={status: refusal for status, refusal in described(200, "", None).items() if status in (401, 403)},
+)
 async def prometheus() -> Response:
-    """Metrics in Prometheus' text format."""
+    """Metrics in Prometheus' text format; where there are keys, for one of scope metrics or admin."""
     return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

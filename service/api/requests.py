@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
+from service.api.limits import Visit
 from service.errors import ClientLeft, Problem, invalid
 from service.history import History
 from service.sampling import MAX_SEED
@@ -30,6 +31,7 @@ Ttl = Annotated[int, Field(ge=0, le=10**9, description="idle seconds until it ex
 
 
 MAX_KEY = 255
+KEY_PATTERN = "^[!-~]([ -~]*[!-~])?$"
 LOOK_EVERY_S = 0.05
 
 KEY_PARAMETER: dict[str, Any] = {
@@ -38,7 +40,7 @@ KEY_PARAMETER: dict[str, Any] = {
             "in": "header",
             "name": "Idempotency-Key",
             "required": False,
-            "schema": {"type": "string", "maxLength": MAX_KEY},
+            "schema": {"type": "string", "maxLength": MAX_KEY, "pattern": KEY_PATTERN},
             "description": "a later request with the same key and body gets the first one's answer and changes nothing",
         }
     ]
@@ -86,7 +88,7 @@ def keyed_of(request: Request, scope: str, body: BaseModel | None = None, *unlik
         return None
     key = checked_key(given)
     asked = body.model_dump_json(exclude=set(unlike)) if body is not None else ""
-    return Keyed("", scope, key, digest_of(f"{request.url.path}?{request.url.query}", asked))
+    return Keyed(tenant_of(request), scope, key, digest_of(f"{request.url.path}?{request.url.query}", asked))
 
 
 def digest_of(url: str, asked: str) -> bytes:
@@ -98,8 +100,8 @@ def checked_key(given: str) -> str:
     """An Idempotency-Key without its quotes; raises Problem 400 when it is none."""
     quoted = len(given) > 1 and given[0] == given[-1] == '"'
     key = given[1:-1] if quoted else given
-    if not 1 <= len(key) <= MAX_KEY or not key.isprintable():
-        raise Problem("bad_request", f"an Idempotency-Key has 1 to {MAX_KEY} printable characters")
+    if not 1 <= len(key) <= MAX_KEY or not (key.isascii() and key.isprintable()):
+        raise Problem("bad_request", f"an Idempotency-Key has 1 to {MAX_KEY} printable characters of ASCII")
     return key
 
 
@@ -122,11 +124,13 @@ async def read_bytes(request: Request) -> bytes:
         raise too_large(limit)
     part = await _part(request)
     if not part.get("more_body", False) and len(part["body"]) <= limit:
+        visit_of(request).take_bytes(len(part["body"]))
         return bytes(part["body"])
     body = bytearray(part["body"])
     while len(body) <= limit and part.get("more_body", False):
         part = await _part(request)
         body += part["body"]
+    visit_of(request).take_bytes(len(body))
     if len(body) > limit:
         raise too_large(limit)
     return bytes(body)
@@ -236,9 +240,26 @@ def departures_of(scope: Scope) -> Departures:
     return found
 
 
-def key_of(session_id: str) -> Key:
-    """The store's key of a session id."""
-    return ("", session_id)
+def visit_of(request: HTTPConnection) -> Visit:
+    """Who asks, and what they may still use; the door has begun it."""
+    found: Visit = request.scope["visit"]
+    return found
+
+
+def tenant_of(request: HTTPConnection) -> str:
+    """The name of the tenant whose request it is: the first part of every key of the store."""
+    return visit_of(request).tenant.name
+
+
+def require_admin(request: Request) -> None:
+    """Raise Problem 403 unless the request's key may change what is served."""
+    if not visit_of(request).tenant.is_admin:
+        raise Problem("forbidden", "this needs a key of scope admin")
+
+
+def key_of(request: HTTPConnection, session_id: str) -> Key:
+    """The store's key of a session id that a request names."""
+    return (tenant_of(request), session_id)
 
 
 def sessions_of(request: HTTPConnection) -> Sessions:

@@ -11,10 +11,21 @@ from service.api.errors import STATUS
 ERRORS = ("session_not_found", "session_expired", "session_closed", "session_busy", "overloaded", "invalid_input")
 
 
-ALWAYS = ("bad_request", "invalid_input", "not_ready", "rolled_back", "idempotency_key_reused", "commit_unknown")
+ALWAYS = (
+    "bad_request",
+    "unauthorized",
+    "forbidden",
+    "invalid_input",
+    "rate_limited",
+    "quota_exceeded",
+    "not_ready",
+    "rolled_back",
+    "idempotency_key_reused",
+    "commit_unknown",
+)
 """what any route of a session may answer"""
 
-BODY_ERRORS = ("payload_too_large", "unsupported_media_type")
+BODY_ERRORS = ("payload_too_large", "unsupported_media_type", "request_timeout")
 """what a route that takes a body may answer besides"""
 
 
@@ -53,6 +64,17 @@ data: {"finish_reason":"length","epoch":1,"position":118,"usage":{"prompt_tokens
 
 """
 
+
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "description": "an event; `data` is JSON",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string", "enum": ["token", "done", "error"]},
+        "id": {"type": "string"},
+        "data": {"type": "string"},
+    },
+}
 
 LINES_EXAMPLE = (
     '{"session":"pump-1","epoch":1,"position":42,"steps":1,"predictions":[{"mean":{"flow":35.1},"position":42}]}\n'
@@ -315,7 +337,7 @@ def described(
     if schema is not None:
         found[status]["model"] = _SCHEMAS[schema]
     if streams:
-        found[status]["content"] = {"text/event-stream": {"schema": {"type": "string"}, "example": STREAM_EXAMPLE}}
+        found[status]["content"] = {"text/event-stream": {"schema": EVENT, "example": STREAM_EXAMPLE}}
     if lines:
         refused = {"type": "object", "properties": {"session": {}, "error": ErrorDocument.model_json_schema()}}
         line = {"anyOf": [{"$ref": "#/components/schemas/Steps"}, refused]}

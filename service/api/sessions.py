@@ -14,6 +14,7 @@ import numpy as np
 from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import Field
 
+from service.api.limits import steps_in
 from service.api.requests import (
     KEY_PARAMETER,
     SESSION_ID,
@@ -31,6 +32,8 @@ from service.api.requests import (
     replay_body,
     replayed,
     sessions_of,
+    tenant_of,
+    visit_of,
     while_connected,
 )
 from service.api.responses import BODY_ERRORS, ERRORS, JsonLine, JsonResponse, described, line_of
@@ -108,7 +111,7 @@ async def create(request: Request) -> Response:
     opening = Opening(body.model, body.version, body.seed, ttl_s=body.ttl_s, metadata=_checked_metadata(body.metadata))
 
     async def fresh() -> Response:
-        key = key_of(body.id if body.id is not None else new_id())
+        key = key_of(request, body.id if body.id is not None else new_id())
         return created(await sessions_of(request).create(key, opening, keyed))
 
     return await while_connected(request, sessions_of(request).replies.once(keyed, fresh, replay_created))
@@ -119,11 +122,11 @@ async def list_sessions(
     request: Request,
     model: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    cursor: Annotated[str | None, Query(max_length=512)] = None,
+    cursor: Annotated[str | None, Query(max_length=512, pattern=r"^[A-Za-z0-9_-]*$")] = None,
 ) -> Response:
     """List live sessions."""
     after = _read_cursor(cursor) if cursor is not None else ""
-    heads = await sessions_of(request).heads("", model, after, limit)
+    heads = await sessions_of(request).heads(tenant_of(request), model, after, limit)
     following = _cursor(heads[-1].id) if len(heads) == limit else None
     return JsonResponse({"data": [session(head) for head in heads], "next_cursor": following})
 
@@ -131,12 +134,12 @@ async def list_sessions(
 @router.get("/{session_id}", responses=described(200, "the session", "Session", *ERRORS))
 async def get(request: Request, session_id: SessionId) -> Response:
     """Look at a session."""
-    return JsonResponse(session(await sessions_of(request).head(key_of(session_id))))
+    return JsonResponse(session(await sessions_of(request).head(key_of(request, session_id))))
 
 
 @router.patch(
     "/{session_id}",
-    openapi_extra=body_of(UpdateBody, describe={"metadata": {"room": "kitchen"}}),
+    openapi_extra={"requestBody": body_of(UpdateBody, describe={"metadata": {"room": "kitchen"}})["requestBody"]},
     responses=described(200, "the session", "Session", *ERRORS, *BODY_ERRORS),
 )
 async def update(request: Request, session_id: SessionId) -> Response:
@@ -146,7 +149,7 @@ async def update(request: Request, session_id: SessionId) -> Response:
     sessions = sessions_of(request)
 
     async def fresh() -> Head:
-        return await sessions.update(key_of(session_id), metadata, body.ttl_s)
+        return await sessions.update(key_of(request, session_id), metadata, body.ttl_s)
 
     return JsonResponse(session(await while_connected(request, sessions.replies.again(fresh))))
 
@@ -161,7 +164,7 @@ async def delete(
 ) -> Response:
     """Close a session, also when it is closed already; what a fork still reaches stays."""
     sessions = sessions_of(request)
-    await sessions.replies.again(lambda: sessions.delete(key_of(session_id), forks == "delete"))
+    await sessions.replies.again(lambda: sessions.delete(key_of(request, session_id), forks == "delete"))
     return Response(status_code=204)
 
 
@@ -173,7 +176,7 @@ async def cancel(request: Request, session_id: SessionId) -> Response:
     sessions, keyed = sessions_of(request), keyed_of(request, session_id)
 
     async def fresh() -> Response:
-        answer = JsonResponse(session(await sessions.cancel(key_of(session_id))))
+        answer = JsonResponse(session(await sessions.cancel(key_of(request, session_id))))
         await sessions.replies.keep(keyed, bytes(answer.body))
         return answer
 
@@ -195,14 +198,17 @@ async def cancel(request: Request, session_id: SessionId) -> Response:
 async def steps(request: Request, session_id: SessionId) -> Response:
     """Feed a sequence; all of it is kept, or nothing."""
     body = await read(request, StepsBody)
-    sessions, keyed = sessions_of(request), keyed_of(request, session_id, body)
+    sessions, keyed, visit = sessions_of(request), keyed_of(request, session_id, body), visit_of(request)
     inputs, opening = feed_of(body, keyed)
+    visit.take(steps_in(body.inputs))
 
     async def fresh() -> Response:
-        return JsonLine(await written(await sessions.feed(key_of(session_id), inputs, opening), body))
+        fed = await sessions.feed(key_of(request, session_id), inputs, opening)
+        visit.used(len(fed.done.entries))
+        return JsonLine(await written(fed, body))
 
     async def replay(reply: Reply) -> Response:
-        return replayed(JsonLine(await kept_answer(history_of(request), reply, body)))
+        return replayed(JsonLine(await kept_answer(history_of(request), tenant_of(request), reply, body)))
 
     return await while_connected(request, sessions.replies.once(keyed, fresh, replay))
 
@@ -236,13 +242,13 @@ def answer_line(fed: Fed, body: StepsBody) -> bytes:
     return line_of(steps_answer(fed, body))
 
 
-async def kept_answer(history: History, reply: Reply, body: StepsBody) -> bytes:
+async def kept_answer(history: History, tenant: str, reply: Reply, body: StepsBody) -> bytes:
     """The kept answer to a feed as a line of JSON; a long one is worked out again from the log."""
     if reply.kind == "body":
         return reply.body + b"\n"
     answer = msgspec.json.decode(reply.body)
     count = reply.end - reply.start if body.predictions == "all" else 1
-    model, done = await history.outputs(key_of(reply.scope), reply, reply.end, count)
+    model, done = await history.outputs((tenant, reply.scope), reply, reply.end, count)
     head = msgspec.structs.replace(head_of(done), position=reply.end)
     answer["predictions"] = await asyncio.to_thread(predictions, Fed(model, done, head), body.alternatives)
     return line_of(answer)
@@ -277,9 +283,10 @@ async def forecast(request: Request, session_id: SessionId) -> Response:
     """Roll the session forward on its own predictions; the session does not change."""
     body = await read(request, ForecastBody)
     sessions, keyed = sessions_of(request), keyed_of(request, session_id, body)
+    visit_of(request).take(body.horizon * (1 + body.samples))
 
     async def fresh() -> Response:
-        answer = JsonResponse(await _forecast(sessions, key_of(session_id), body))
+        answer = JsonResponse(await _forecast(sessions, key_of(request, session_id), body))
         await sessions.replies.keep(keyed, bytes(answer.body))
         return answer
 

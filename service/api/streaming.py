@@ -20,6 +20,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import document
+from service.api.limits import Visit, steps_in
 from service.api.requests import (
     ModelName,
     Position,
@@ -36,16 +37,17 @@ from service.api.requests import (
     replay_body,
     replayed,
     sessions_of,
+    visit_of,
     while_connected,
 )
 from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.api.sessions import SessionId
-from service.errors import ClientLeft, Problem, invalid
+from service.errors import ClientLeft, Problem, invalid, not_ready
 from service.run import Race, Reader, Replay, Run
 from service.sampling import MAX_SEED
 from service.session import Opening, new_seed, prompt_of
 from service.store.base import Generation, Head, Reply
-from service.work.events import Token
+from service.work.events import Suspended, Token
 from service.work.feed import Keyed
 
 router = APIRouter(prefix="/v1", tags=["generate"])
@@ -55,6 +57,9 @@ Rest = Callable[[], Awaitable[Response]]
 
 PING_S = 15.0
 MAX_JOINS = 4
+CUT_SHORT = "cut short: it was read too slowly or the service stops, and without a session it can not be resumed"
+PART_BYTES = 64 * 1024
+"""of events that are sent together"""
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 _EVENT_ID = re.compile(r"^([0-9]{1,15})\.([0-9]{1,16})(-end)?$")
@@ -121,13 +126,14 @@ async def generate(request: Request, session_id: SessionId) -> Response:
     """Draw tokens and go on remembering; with `stream` each is sent as soon as it is committed."""
     body = await read(request, SessionGenerateBody)
     check_max_tokens(request, body.max_tokens)
+    visit = take(visit_of(request), body)
     sessions, keyed = sessions_of(request), keyed_of(request, session_id, body, "stream")
     opening = Opening(body.model, body.version, body.seed, body.position)
 
     async def fresh() -> Rest:
         generation = generation_of(body, keyed)
-        run = await sessions.generate(key_of(session_id), body.inputs, generation, opening)
-        return partial(answer, await begun(run), body, session_id)
+        run = await sessions.generate(key_of(request, session_id), body.inputs, generation, opening)
+        return partial(answer, await begun(run), body, session_id, visit)
 
     async def replay(reply: Reply) -> Rest:
         return partial(replay_generate, request, reply, body)
@@ -157,6 +163,7 @@ async def generate_alone(request: Request, model: str) -> Response:
     """Generate without a session: nothing is kept, except an answer in JSON under its request's key."""
     body = await read(request, GenerateBody)
     check_max_tokens(request, body.max_tokens)
+    visit = take(visit_of(request), body)
     replies, keyed = sessions_of(request).replies, keyed_of(request, "", body)
 
     async def fresh() -> Response:
@@ -164,12 +171,26 @@ async def generate_alone(request: Request, model: str) -> Response:
         generation = msgspec.structs.replace(generation_of(body), seed=seed_of(body.seed, keyed))
         prompt = await prompt_of(loaded, body.inputs)
         run = sessions_of(request).generate_alone(loaded, prompt, generation)
-        found = await answer(await begun(run), body, None)
+        found = await answer(await begun(run), body, None, visit)
         if not body.stream:
             await replies.keep(keyed, bytes(found.body))
         return found
 
     return await while_connected(request, replies.once(keyed, fresh, replay_body))
+
+
+def take(visit: Visit, body: GenerateBody) -> Visit:
+    """Take the steps that a generate may need, and the stream; what it does not need is given back at its end."""
+    if body.stream:
+        visit.stream()
+    visit.take(body.max_tokens + (steps_in(body.inputs) if body.inputs is not None else 0))
+    return visit
+
+
+def pay(visit: Visit, run: Run) -> None:
+    """Give back what a run has not needed of the steps that were taken for it."""
+    prompt = run.work.generation.prompt_tokens if run.work is not None and not run.work.resumed else 0
+    visit.used(prompt + len(run.tokens))
 
 
 def seed_of(given: int | None, keyed: Keyed | None) -> int:
@@ -192,17 +213,18 @@ async def begun(run: Run) -> Reader:
     return reader
 
 
-async def answer(reader: Reader, body: GenerateBody, session_id: str | None) -> Response:
+async def answer(reader: Reader, body: GenerateBody, session_id: str | None, visit: Visit) -> Response:
     """A run as a stream, or as JSON at its end."""
-    return EventStream(b"", reader) if body.stream else await whole_answer(reader, body, session_id)
+    return EventStream(b"", reader) if body.stream else await whole_answer(reader, body, session_id, visit)
 
 
-async def whole_answer(reader: Reader, body: GenerateBody, session_id: str | None) -> Response:
+async def whole_answer(reader: Reader, body: GenerateBody, session_id: str | None, visit: Visit) -> Response:
     """A run as JSON at its end."""
     try:
         done = await reader.finish()
     finally:
         reader.close()
+        pay(visit, reader.run)
     tokens = reader.run.tokens
     assert done.generation is not None
     text = "".join(token.text for token in tokens) + done.rest
@@ -259,7 +281,7 @@ async def recalled(request: HTTPConnection, reply: Reply, live: bool) -> "Replay
                 finally:
                     joined.reader.close()
         # At its end, by its own last commit or by who has ended it, the whole answer is stored.
-        kept = await sessions_of(request).replies.find(key_of(reply.scope), reply.key)
+        kept = await sessions_of(request).replies.find(key_of(request, reply.scope), reply.key)
     if kept is None or kept.pending or kept.generation is None or kept.head is None:
         raise Problem("log_truncated", "what the generate made is not in the log any more")
     return Ended(kept, kept.head, kept.generation)
@@ -267,7 +289,7 @@ async def recalled(request: HTTPConnection, reply: Reply, live: bool) -> "Replay
 
 async def _join(request: HTTPConnection, reply: Reply) -> Replay | None:
     """A reader of the generate that a pending reply is about; None when the session has gone on from it."""
-    sessions, key = sessions_of(request), key_of(reply.scope)
+    sessions, key = sessions_of(request), key_of(request, reply.scope)
     head = await sessions.stored(key)
     if head is None or head.status != "live" or head.generation is None or head.generation.key != reply.key:
         return None
@@ -305,7 +327,7 @@ class Ended:
 
     async def tokens(self, request: HTTPConnection, alternatives: int) -> tuple[list[Token], str]:
         """Its tokens, with so many likely symbols at each, and the text that was held back at its end."""
-        history, key = history_of(request), key_of(self.reply.scope)
+        history, key = history_of(request), key_of(request, self.reply.scope)
         tokens, rest = await history.tokens(key, self.reply, self.generation)
         if alternatives:
             tokens = await history.with_alternatives(key, self.reply, tokens, alternatives)
@@ -330,13 +352,14 @@ async def events(
 ) -> Response:
     """Resume a cut generate after an event id: the tokens that are missing, then the rest as it is drawn."""
     epoch, position, ended = _event_id(last_event_id or after)
+    visit_of(request).stream()
     if ended:
-        await sessions_of(request).head(key_of(session_id))
+        await sessions_of(request).head(key_of(request, session_id))
         return Response(status_code=204)
     sessions = sessions_of(request)
 
     async def rest() -> Response:
-        replay = await sessions.events(key_of(session_id), epoch, position)
+        replay = await sessions.events(key_of(request, session_id), epoch, position)
         return stream(await followed(replay)) if replay is not None else Response(status_code=204)
 
     return await while_connected(request, sessions.replies.again(rest))
@@ -381,9 +404,11 @@ class Stream(Response):
         super().__init__(None, 200, HEADERS, "text/event-stream")
         del self.headers["content-length"]
         self._quiet = True
+        self._visit: Visit | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until there is no more to send or nobody to send to."""
+        self._visit = scope["visit"]
         pinging = asyncio.ensure_future(self._ping(send))
         try:
             with departures_of(scope).watch(receive, long=True):
@@ -412,9 +437,16 @@ class Stream(Response):
                 await self.send_part(send, b": ping\n")
 
     async def send_part(self, send: Send, body: bytes) -> None:
-        """Send whole events."""
-        self._quiet = False
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+        """Send whole events, of many a few at a time: what a slow client has not taken yet stays small."""
+        begin = 0
+        while begin < len(body):
+            self._quiet = False
+            end = len(body)
+            if end - begin > PART_BYTES:
+                last = body.rfind(b"\n\n", begin, begin + PART_BYTES)
+                end = (last if last >= 0 else body.index(b"\n\n", begin)) + 2
+            await send({"type": "http.response.body", "body": body[begin:end], "more_body": True})
+            begin = end
 
 
 class EventStream(Stream):
@@ -430,6 +462,8 @@ class EventStream(Stream):
         """Read no more."""
         if self._reader is not None:
             self._reader.close()
+            if self._visit is not None:
+                pay(self._visit, self._reader.run)
 
     async def write(self, send: Send) -> None:
         """Send the tokens, and the end."""
@@ -446,7 +480,8 @@ class EventStream(Stream):
 def _end_block(run: Run) -> bytes | None:
     """The last event; none for a suspended run, whose stream ends without `done` and is resumed."""
     if run.suspended:
-        return None
+        kept = isinstance(run.end, Suspended) and run.end.head is not None
+        return None if kept else _block("error", None, document(not_ready(CUT_SHORT)))
     try:
         done = run.outcome()
     except Problem as problem:

@@ -20,6 +20,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 
 from service.api.errors import STATUS, answer, document, from_validation, problem_from
+from service.api.limits import steps_in
 from service.api.requests import (
     MAX_KEY,
     SESSION_ID,
@@ -30,6 +31,7 @@ from service.api.requests import (
     history_of,
     key_of,
     sessions_of,
+    visit_of,
 )
 from service.api.responses import described
 from service.api.sessions import SessionId, StepsBody, feed_of, kept_answer, written
@@ -39,8 +41,10 @@ from service.api.streaming import (
     begun,
     done_data,
     generation_of,
+    pay,
     recalled,
     replay_generate,
+    take,
     token_data,
     whole_answer,
 )
@@ -131,9 +135,11 @@ class Operation:
 @router.get(
     "/{session_id}/ws",
     status_code=426,
+    response_class=Response,
     responses={
-        426: described(426, "it is a WebSocket", None)[426]
-        | {"description": "`upgrade_required`: connect with a WebSocket client"}
+        status: said
+        for status, said in described(200, "", None, "upgrade_required").items()
+        if status in (401, 403, 422, 426, 429)
     },
 )
 async def plain(session_id: SessionId) -> Response:
@@ -178,7 +184,8 @@ class Connection:
     def __init__(self, socket: WebSocket, session_id: str) -> None:
         self._socket = socket
         self._id = session_id
-        self._key = key_of(session_id)
+        self._key = key_of(socket, session_id)
+        self._visit = visit_of(socket)
         self._sessions = sessions_of(socket)
         self._history = history_of(socket)
         self._idle_s: float = socket.app.state.settings.ws_idle_s
@@ -342,23 +349,35 @@ class Connection:
         if asked.key is None:
             return None
         body = asked.model_dump_json(exclude={"type", "ref", "key", *unlike})
-        return Keyed("", self._id, checked_key(asked.key), digest_of(f"/v1/sessions/{self._id}/{route}?", body))
+        return Keyed(
+            self._key[0], self._id, checked_key(asked.key), digest_of(f"/v1/sessions/{self._id}/{route}?", body)
+        )
 
     async def _steps(self, asked: StepsMessage) -> None:
         keyed = self._keyed(asked, "steps")
         inputs, opening = feed_of(asked, keyed)
+        self._visit.take(steps_in(asked.inputs))
 
         async def fresh() -> tuple[bytes, bool]:
-            return await written(await self._sessions.feed(self._key, inputs, opening), asked), False
+            fed = await self._sessions.feed(self._key, inputs, opening)
+            self._visit.used(len(fed.done.entries))
+            return await written(fed, asked), False
 
         async def replay(reply: Reply) -> tuple[bytes, bool]:
-            return await kept_answer(self._history, reply, asked), True
+            return await kept_answer(self._history, self._key[0], reply, asked), True
 
         line, replayed = await self._sessions.replies.once(keyed, fresh, replay)
         await self._send(_head("prediction", asked.ref, replayed) + line[1:-1].decode())
 
     async def _generate(self, operation: Operation, asked: GenerateMessage) -> None:
         check_max_tokens(self._socket, asked.max_tokens)
+        try:
+            take(self._visit, asked)
+            await self._generated(operation, asked)
+        finally:
+            self._visit.leave()
+
+    async def _generated(self, operation: Operation, asked: GenerateMessage) -> None:
         keyed = self._keyed(asked, "generate", "stream")
         opening = Opening(asked.model, asked.version, asked.seed, asked.position)
 
@@ -376,6 +395,8 @@ class Connection:
                 await self._write(found, asked)
             finally:
                 found.close()
+                if asked.stream:
+                    pay(self._visit, found.run)
             return
         operation.joins = True
         if asked.stream:
@@ -389,7 +410,7 @@ class Connection:
         if asked.stream:
             await self._follow(reader, asked)
             return
-        response = await whole_answer(reader, asked, self._id)
+        response = await whole_answer(reader, asked, self._id, self._visit)
         await self._send(_head("done", asked.ref) + bytes(response.body)[1:-1].decode())
 
     async def _write_again(self, operation: Operation, reply: Reply, asked: GenerateMessage) -> None:
@@ -421,7 +442,8 @@ class Connection:
         while tokens := await reader.after(after):
             await self._tokens(run.epoch, tokens, asked.ref)
         if run.suspended:  # as an event stream that ends without `done`
-            await self._close(RESTART, "the service is stopping")
+            why = "the service is stopping" if self._sessions.draining else "read too slowly"
+            await self._close(RESTART, f"suspended: {why}")
             return
         done = run.outcome()
         assert done.generation is not None

@@ -11,16 +11,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service import metrics
 from service.api import errors
-from service.api.requests import key_of
+from service.api.auth import EVERYTHING
 from service.api.responses import JsonLine
 from service.api.sessions import StepsBody, answer_line, feed_of, written
 from service.run import Race
 from service.session import Feeding, Sessions
 
 MAX_BODY = 64 * 1024
-UNUSUAL = frozenset(
-    (b"idempotency-key", b"transfer-encoding", b"expect", b"upgrade", b"authorization", b"x-request-id", b"traceparent")
-)
+UNUSUAL = frozenset((b"idempotency-key", b"transfer-encoding", b"expect", b"upgrade", b"x-request-id", b"traceparent"))
 """headers that ask for more than a step"""
 
 _STEPS = re.compile(rb"/v1/sessions/([A-Za-z0-9._:-]{1,128})/steps")
@@ -162,8 +160,11 @@ class Wire(HttpToolsProtocol):
         try:
             if len(content) > state.settings.max_body_bytes:
                 return None
+            tenant = state.keys.tenant_of(dict(self.headers).get(b"authorization"))
+            if tenant.allowed is not EVERYTHING:
+                return None  # the door counts, and says on the answer what is left
             body = StepsBody.model_validate_json(content)
-            feeding = state.sessions.feed_now(key_of(session_id), *feed_of(body))
+            feeding = state.sessions.feed_now((tenant.name, session_id), *feed_of(body))
         except Exception:
             return None  # the application meets the same, and answers it
         if feeding is None:
@@ -181,6 +182,9 @@ class Wire(HttpToolsProtocol):
     def answer(self, step: Step, response: Any) -> None:  # noqa: ANN401 (a Response, or what looks like one)
         """Write an answer in one part, together with those of the other connections that come in the same turn."""
         self._step, step.response_complete = None, True
+        if tenant := step.feeding.at.key[0]:
+            metrics.TENANT_REQUESTS.labels(tenant, str(response.status_code)).inc()
+            metrics.TENANT_STEPS.labels(tenant).inc()
         if step.disconnected or self.transport.is_closing():
             return
         headers = b"".join([b"%b: %b\r\n" % header for header in response.raw_headers])

@@ -1,7 +1,6 @@
 """Fixtures of the chaos suite; `--minutes` makes its storms longer, `--seed` repeats one."""
 
 import json
-import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,6 @@ FEW = ("tiny-letters", "tiny-weather")
 BRIEF_S = 4.0
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, default=0.0, help="how long the storms blow together")
-    parser.addoption("--seed", type=int, default=None, help="the seed that a failed run printed")
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The sums over all storms, as one line of JSON."""
@@ -29,15 +23,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             total.update({name: value for name, value in report.items() if name not in ("storm", "seed", "clients")})
             terminalreporter.write_line(json.dumps(report))
         terminalreporter.write_line(json.dumps({"storms": len(REPORTS), **total}))
-
-
-@pytest.fixture
-def seed(request: pytest.FixtureRequest) -> int:
-    """Decides what the clients ask and when things break; printed, so that a failed run can be repeated."""
-    given = request.config.getoption("seed", None)
-    chosen = given if given is not None else random.SystemRandom().randrange(10**6)
-    print(f"--seed {chosen}")
-    return int(chosen)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.oip import formats
 from service.api.oip.formats import IndexBody, ModelPath, RepositoryBody, body_of, described
-from service.api.requests import read_bytes
+from service.api.requests import read_bytes, require_admin
 from service.api.responses import JsonResponse
 from service.errors import Problem
 from service.registry import Registry
@@ -44,6 +44,7 @@ def _entry(name: str, version: object, state: str, reason: str = "") -> dict[str
 )
 async def load(request: Request, model: ModelPath) -> Response:
     """Load every version of a model that lies in the models folder, also of one that was unloaded."""
+    require_admin(request)
     await _read(request)
     registry: Registry = request.app.state.registry
     report = await asyncio.to_thread(registry.load, model)
@@ -61,6 +62,7 @@ async def load(request: Request, model: ModelPath) -> Response:
 )
 async def unload(request: Request, model: ModelPath) -> Response:
     """Let go of a model until it is loaded again or the service starts anew; refused while sessions live on it."""
+    require_admin(request)
     await _read(request)
     registry: Registry = request.app.state.registry
     report = await asyncio.to_thread(registry.unload, model)

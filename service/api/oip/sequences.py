@@ -98,7 +98,7 @@ def session_id(model: str, id: int | str) -> str:
 async def infer(request: Request, model: Model, version: int | None, asked: Asked, step: Step, data: bytes) -> Response:
     """The next steps of a sequence; a live one has them from the version that it is pinned to."""
     name = model.bundle.manifest.name
-    sessions, key = sessions_of(request), key_of(session_id(name, step.id))
+    sessions, key = sessions_of(request), key_of(request, session_id(name, step.id))
     head = await sessions.stored(key)
     if head is not None and head.status == "live" and head.model == name and version is None:
         model = sessions.model_of(head)
