@@ -12,7 +12,7 @@ from datetime import datetime
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,16 +25,11 @@ WINDOW, WINDOW_LENGTH = "window", "window.length"
 MAX_WINDOW = 65_536
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-DTYPES: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-    "int64": np.dtype(np.int64),
-    "int32": np.dtype(np.int32),
-}
+DType = Literal["float32", "float64", "int64", "int32", "float16", "int16", "int8", "uint8", "bool"]
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in get_args(DType)}
 
 Task = Literal["language-model", "forecaster", "regressor", "classifier", "multi-label", "raw"]
 InputKind = Literal["text", "symbols", "values", "tensors"]
-DType = Literal["float32", "float64", "int64", "int32"]
 Axis = Annotated[int, Field(ge=1)] | Literal["T", "B"]
 
 
@@ -50,11 +45,19 @@ class _Strict(BaseModel):
 
 
 class TensorSpec(_Strict):
-    """One input or output of the graph; `shape` is time-major and names the axes "T" (time) and "B" (batch)."""
+    """One input or output of the graph; `shape` names the axes "T" (time) and "B" (batch), which come first.
+
+    In a graph that was made elsewhere they may be anywhere, or nowhere.
+    """
 
     name: str = Field(min_length=1, max_length=256)
     dtype: DType
     shape: tuple[Axis, ...]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one session's part of one step."""
+        return tuple(axis for axis in self.shape if isinstance(axis, int))
 
 
 class StateSpec(_Strict):
@@ -65,11 +68,15 @@ class StateSpec(_Strict):
     output: str
     dtype: DType = "float32"
     shape: tuple[Axis, ...] = Field(description='e.g. [2, "B", 256]: layers, batch, hidden')
-    batch_axis: int = Field(ge=0)
+    batch_axis: int | None = Field(ge=0, description="null: the graph takes one session a call and has no such axis")
     initial: float = 0.0
 
     @model_validator(mode="after")
     def _batch_axis_is_named(self) -> "StateSpec":
+        if self.batch_axis is None:
+            if any(isinstance(axis, str) for axis in self.shape):
+                raise ValueError(f"state {self.name!r}: an axis is named, but batch_axis is null")
+            return self
         if self.batch_axis >= len(self.shape) or self.shape[self.batch_axis] != "B":
             raise ValueError(f"state {self.name!r}: batch_axis {self.batch_axis} is not the axis named 'B'")
         if sum(isinstance(axis, str) for axis in self.shape) != 1:
@@ -80,6 +87,11 @@ class StateSpec(_Strict):
     def row_shape(self) -> tuple[int, ...]:
         """The shape of one session's state: the batch axis left out."""
         return tuple(axis for axis in self.shape if isinstance(axis, int))
+
+    @property
+    def stack_axis(self) -> int:
+        """Which axis the sessions have in a batch outside of the graph."""
+        return self.batch_axis or 0
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +141,26 @@ class Window(_Strict):
     window: int = Field(ge=1, le=MAX_WINDOW)
 
 
+class Constant(TensorSpec):
+    """An input that has the same value in every call: a sample rate, say."""
+
+    value: bool | int | float | list[Any] = Field(description="a number for all of the tensor, or a nested list")
+
+
+class Foreign(_Strict):
+    """How a graph is called that was made elsewhere."""
+
+    streamable: bool = Field(default=True, description="false: whole sequences only, it keeps no state or looks ahead")
+    stepping: Literal["chunks", "single"] = Field(
+        default="single", description="chunks: many steps a call where that changes no bit; single: one step a call"
+    )
+    batching: Literal["exact", "together", "alone"] = Field(
+        default="exact",
+        description="exact: sessions share a call where that changes no bit; together: always; alone: never",
+    )
+    constants: tuple[Constant, ...] = ()
+
+
 class Manifest(_Strict):
     """Everything about one version of a model; `docs/manifest.md` shows one in full."""
 
@@ -146,7 +178,8 @@ class Manifest(_Strict):
     memory: Literal["carried"] | Window = "carried"
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    states: tuple[StateSpec, ...] = Field(min_length=1)
+    states: tuple[StateSpec, ...] = Field(description="at least one, unless the graph is foreign and not streamable")
+    foreign: Foreign | None = Field(default=None, description="how a graph that was made elsewhere is called")
     symbols: tuple[str, ...] = Field(default=(), description="the vocabulary, in the order of the ids")
     splitter: Splitter | None = None
     start_symbol: str | None = None
@@ -184,22 +217,59 @@ class Manifest(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _graph_can_be_called(self) -> "Manifest":
+        foreign = self.foreign
+        if not self.states and (foreign is None or foreign.streamable):
+            raise ValueError("a model that keeps a memory has states")
+        if foreign is None and self.input_kind == "tensors":
+            raise ValueError("a graph that takes tensors is a foreign one")
+        if self.task == "raw" and self.input_kind != "tensors":
+            raise ValueError("a raw model takes tensors")
+        if self.input_kind == "tensors" and self.task not in ("raw", "classifier"):
+            raise ValueError(f"a {self.task} does not take tensors")
+        if self.input_kind != "tensors" and len(self.inputs) != 1:
+            raise ValueError("only a model that takes tensors may have more than one input")
+        if foreign is not None and self.memory != "carried":
+            raise ValueError("the memory of a foreign graph is carried")
+        alone = foreign is not None and (foreign.batching == "alone" or not foreign.streamable)
+        if not alone and any(state.batch_axis is None for state in self.states):
+            raise ValueError("a state without a batch axis needs the batching 'alone'")
+        return self
+
+    @model_validator(mode="after")
     def _shapes_fit_the_task(self) -> "Manifest":
-        width = {spec.name: spec.shape[2:] for spec in (*self.inputs, *self.outputs)}
-        K, Q = len(self.targets), len(self.quantiles)
-        needed: dict[str, tuple[int, ...]] = {}
+        width = {spec.name: spec.row_shape for spec in (*self.inputs, *self.outputs)}
+        needed = self.needed_shapes
         if self.input_kind == "values":
-            needed[self.inputs[0].name] = (len(self.features),)
-        if self.task == "language-model":
-            needed["logits"] = (len(self.symbols),)
-        if self.task == "classifier":
-            needed["logits"] = (len(self.labels),)
-        if self.task in ("forecaster", "regressor"):
-            needed |= {"mean": (K,)} | ({"quantiles": (Q, K)} if Q else {})
+            needed = {**needed, self.inputs[0].name: (len(self.features),)}
         for name, shape in needed.items():
-            if width.get(name) != shape:
+            if self._plain(width.get(name)) != self._plain(shape):
                 raise ValueError(f"{name!r} must have the shape [T, B, {', '.join(map(str, shape))}]")
         return self
+
+    def _plain(self, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """A shape as it is compared: in a foreign graph axes of 1 say nothing."""
+        return tuple(axis for axis in shape if axis != 1) if shape is not None and self.foreign is not None else shape
+
+    @property
+    def needed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a row of each output must look like for the task; none for a raw model."""
+        K, Q = len(self.targets), len(self.quantiles)
+        match self.task:
+            case "language-model":
+                return {"logits": (len(self.symbols),)}
+            case "classifier":
+                given = {spec.name for spec in self.outputs}
+                return {"probabilities" if "probabilities" in given else "logits": (len(self.labels),)}
+            case "forecaster" | "regressor":
+                return {"mean": (K,)} | ({"quantiles": (Q, K)} if Q else {})
+            case _:
+                return {}
+
+    @property
+    def streamable(self) -> bool:
+        """Whether it can be fed step by step; if not, it is given whole sequences."""
+        return self.foreign is None or self.foreign.streamable
 
     @field_validator("created")
     @classmethod

@@ -18,7 +18,7 @@ import numpy as np
 import structlog
 
 from service import metrics, state
-from service.errors import Problem, not_ready, overloaded
+from service.errors import Problem, invalid, not_ready, overloaded
 from service.runner import Begun
 from service.sampling import Sampler
 from service.scheduler import Batch, Scheduler
@@ -319,10 +319,16 @@ class Engine:
         except Exception:
             log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=steps)
             if len(works) == 1:
-                works[0].failed()
+                works[0].failed(self._refusal())
                 return 0.0
             alone = self._roll if works[0].draws else self._fold
             return sum(self._together(alone, [work], steps) for work in works)
+
+    def _refusal(self) -> Problem:
+        """What is answered when the graph fails: of a raw model's inputs only the graph knows what they may be."""
+        if self.manifest.input_kind == "tensors":
+            return invalid("the model's graph can not be run on these inputs", "/inputs")
+        return Problem("internal", "the model could not be run on these inputs")
 
     def _fold(self, works: list[Work], steps: int, begun: Begun | None = None) -> float:
         folded = self._runner.end(begun) if begun is not None else self._runner.run(*_call_of(works, steps))

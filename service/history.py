@@ -13,7 +13,7 @@ from service.errors import Problem
 from service.registry import Model
 from service.run import Race, moved, tokens_of
 from service.sampling import MAX_SEED
-from service.session import Sessions, head_of, new_seed
+from service.session import Sessions, head_of, must_stream, new_seed
 from service.state import Array, Row
 from service.store.base import (
     Branch,
@@ -28,6 +28,7 @@ from service.store.base import (
     Source,
     graft,
 )
+from service.tensors import same_entries
 from service.work.base import NewSession, new_branch, new_head
 from service.work.events import Done, Listener, Token, Verdict
 from service.work.feed import Keyed
@@ -183,7 +184,7 @@ class History:
     async def upload(self, key: Key, data: bytes) -> Head:
         """A new session from a state file: its log begins at the file's position."""
         file = _read_state(data)
-        model = self._registry.with_graph(file.model, file.graph)
+        model = must_stream(self._registry.with_graph(file.model, file.graph))
         manifest = model.bundle.manifest
         row = _checked_row(manifest, file, data)
         async with self._sessions.turn(key):
@@ -265,8 +266,8 @@ def _must_fit(old: Model, new: Model) -> None:
         b.symbols,
         [(f.name, f.unit) for f in b.features],
     )
-    if not same:
-        detail = f"{a.name} versions {a.version} and {b.version} differ in vocabulary or features"
+    if not (same and same_entries(a, b)):
+        detail = f"{a.name} versions {a.version} and {b.version} differ in vocabulary, features or inputs"
         raise Problem("incompatible_version", detail)
 
 

@@ -7,13 +7,13 @@ not change a bit on this machine; where they do, rows are run one at a time and 
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import is_
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
@@ -24,7 +24,8 @@ from service import state
 from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec
 from service.state import Array, Row
 
-_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+_TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
+_TYPES |= {f"tensor({name})": name for name in ("int64", "int32", "float16", "int16", "int8", "uint8", "bool")}
 
 TRIAL_ROWS, TRIALS = 16, 7
 LONG_S = 0.0003
@@ -57,7 +58,7 @@ class Runner:
     def __init__(self, bundle: Bundle, threads: int | Literal["auto"]) -> None:
         self.manifest = bundle.manifest
         self._session = _open(bundle.graph, 1 if threads == "auto" else threads)
-        _check_signature(self.manifest, self._session)
+        self._check_signature()
         self._input = self.manifest.inputs[0]
         self._names = [spec.name for spec in self.manifest.outputs]
         self._fetch = self._names + [spec.output for spec in self.manifest.states]
@@ -66,7 +67,7 @@ class Runner:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"ahead-{self.manifest.name}")
         if threads == "auto" and len(os.sched_getaffinity(0)) > 1 and self._takes_long():
             self._session = _open(bundle.graph, 2)
-        self.batches_exactly, self.numerics = _verify_golden(self, bundle)
+        self.batches_exactly, self.numerics = self._verify_golden(bundle)
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
@@ -85,7 +86,7 @@ class Runner:
         return *self._call(entries, states), perf_counter() - began
 
     def _folded(self, outputs: list[Array], states: list[Array], seconds: float) -> Folded:
-        finite = all(map(state.all_finite, (*outputs, *states)))
+        finite = self._finite((*outputs, *states))
         return Folded(self._named(outputs), self._folding.take(states), finite, seconds)
 
     def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
@@ -110,14 +111,38 @@ class Runner:
     def _takes_long(self) -> bool:
         """Whether a call of some rows takes so long that a second thread saves more than it costs to wake it."""
         rows = [state.initial_row(self.manifest.states)] * TRIAL_ROWS
-        axes = (axis for axis in self._input.shape[2:] if isinstance(axis, int))
-        entries, states = np.zeros((1, TRIAL_ROWS, *axes)), state.stack(self.manifest.states, rows)
+        entries, states = self._blank(TRIAL_ROWS), state.stack(self.manifest.states, rows)
         took = []
         for _ in range(TRIALS):
             began = perf_counter()
             self._run(entries, states)
             took.append(perf_counter() - began)
         return min(took) > LONG_S
+
+    def _finite(self, arrays: Sequence[Array]) -> bool:
+        return all(map(state.all_finite, arrays))
+
+    def _blank(self, rows: int) -> Array:
+        """One step of entries."""
+        return np.zeros((1, rows, *self._input.row_shape))
+
+    def _check_signature(self) -> None:
+        """Raise BundleError when the graph is not what the manifest says."""
+        said_in = [(s.name, s.dtype, len(s.shape)) for s in self.manifest.inputs]
+        said_in += [(s.input, s.dtype, len(s.shape)) for s in self.manifest.states]
+        check_names("inputs", set(said_in), self._session.get_inputs())
+        said_out = [(s.name, s.dtype, len(s.shape)) for s in self.manifest.outputs]
+        said_out += [(s.output, s.dtype, len(s.shape)) for s in self.manifest.states]
+        check_names("outputs", set(said_out), self._session.get_outputs())
+        check_sizes(self.manifest, self._session.get_inputs(), self._session.get_outputs())
+        if len(self.manifest.inputs) != 1 or not _is_time_major(self.manifest.inputs[0]):
+            raise BundleError("the graph must have one input whose first axes are T and B")
+        if not all(_is_time_major(spec) for spec in self.manifest.outputs):
+            raise BundleError("the graph's outputs must begin with the axes T and B")
+
+    def _verify_golden(self, bundle: Bundle) -> tuple[bool, str]:
+        """Run the golden example again: (whether batching changes no bit here, sha256 of the bits)."""
+        return _verify_golden(self, bundle)
 
     def close(self) -> None:
         """End the thread that works ahead."""
@@ -130,7 +155,7 @@ class Runner:
         """(outputs, next states) of one call, or of one a row where rows change each other's bits."""
         if self.batches_exactly or entries.shape[1] == 1:
             return self._run(entries, states)
-        axes = [spec.batch_axis for spec in self.manifest.states]
+        axes = [spec.stack_axis for spec in self.manifest.states]
         alone = [
             self._run(entries[:, i : i + 1], [s.take([i], axis) for s, axis in zip(states, axes, strict=True)])
             for i in range(entries.shape[1])
@@ -192,34 +217,39 @@ def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
         raise BundleError(f"the graph can not be loaded: {reason[:300]}") from error
 
 
-def _check_signature(manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
-    """The graph's inputs and outputs are those of the manifest, by name, type and rank."""
-    said_in = {(s.name, s.dtype, len(s.shape)) for s in manifest.inputs}
-    said_in |= {(s.input, s.dtype, len(s.shape)) for s in manifest.states}
-    said_out = {(s.name, s.dtype, len(s.shape)) for s in manifest.outputs}
-    said_out |= {(s.output, s.dtype, len(s.shape)) for s in manifest.states}
-    for kind, said, found in (
-        ("inputs", said_in, session.get_inputs()),
-        ("outputs", said_out, session.get_outputs()),
-    ):
-        there = {(node.name, _TYPES.get(node.type, node.type), len(node.shape)) for node in found}
-        if said != there:
-            odd = sorted(str(signature) for signature in said ^ there)
-            raise BundleError(f"the graph's {kind} do not match the manifest: {', '.join(odd)[:300]}")
-    _check_sizes(manifest, session)
-    if len(manifest.inputs) != 1 or not _is_time_major(manifest.inputs[0]):
-        raise BundleError("the graph must have one input whose first axes are T and B")
-    if not all(_is_time_major(spec) for spec in manifest.outputs):
-        raise BundleError("the graph's outputs must begin with the axes T and B")
+class Node(Protocol):
+    """An input or output as onnxruntime describes it."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
 
 
-def _check_sizes(manifest: Manifest, session: onnxruntime.InferenceSession) -> None:
+Signature = tuple[str, str, int]
+"""Name, type and rank of a tensor"""
+
+
+def check_names(kind: str, said: Set[Signature], found: Sequence[Node], spare: bool = False) -> None:
+    """Raise BundleError unless the graph's tensors are those of the manifest.
+
+    With `spare` it may have others too, and say nothing of a tensor's axes.
+    """
+    ranks = {name: rank for name, _, rank in said} if spare else {}
+    there = {
+        (node.name, _TYPES.get(node.type, node.type), len(node.shape) or ranks.get(node.name, 0)) for node in found
+    }
+    if said != there and not (spare and said <= there):
+        odd = sorted(str(signature) for signature in (said - there if spare else said ^ there))
+        raise BundleError(f"the graph's {kind} do not match the manifest: {', '.join(odd)[:300]}")
+
+
+def check_sizes(manifest: Manifest, inputs: Sequence[Node], outputs: Sequence[Node]) -> None:
     """Every axis that both the graph and the manifest give a number to has the same."""
-    said = {spec.name: spec.shape for spec in (*manifest.inputs, *manifest.outputs)}
-    for state_spec in manifest.states:
-        said[state_spec.input] = said[state_spec.output] = state_spec.shape
-    for node in (*session.get_inputs(), *session.get_outputs()):
-        pairs = zip(said[node.name], node.shape, strict=True)
+    said: dict[str, tuple[int | str, ...]] = {s.name: s.shape for s in (*manifest.inputs, *manifest.outputs)}
+    for spec in manifest.states:
+        said[spec.input] = said[spec.output] = spec.shape
+    for node in (*inputs, *outputs):
+        pairs = zip(said.get(node.name, ()), node.shape, strict=False)
         if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
             raise BundleError(f"the graph's {node.name!r} has the shape {node.shape}, not {list(said[node.name])}")
 
@@ -239,9 +269,9 @@ def _verify_golden(runner: Runner, bundle: Bundle) -> tuple[bool, str]:
     if not _chunks_agree(runner, entries, whole):
         raise BundleError("the graph gives other bits for one call of T steps than for T calls of one step")
     alone = runner.run(entries[:, :1], zero[:1])
-    exact = all(_equal(array[:, :1], alone.outputs[name]) for name, array in whole.outputs.items())
-    exact = exact and all(_equal(a, b) for a, b in zip(whole.rows[0], alone.rows[0], strict=True))
-    return exact, _digest(runner.manifest, alone)
+    exact = all(equal(array[:, :1], alone.outputs[name]) for name, array in whole.outputs.items())
+    exact = exact and all(equal(a, b) for a, b in zip(whole.rows[0], alone.rows[0], strict=True))
+    return exact, digest(runner.manifest, alone)
 
 
 def _golden(bundle: Bundle) -> dict[str, Array]:
@@ -265,17 +295,18 @@ def _compare(manifest: Manifest, golden: dict[str, Array], whole: Folded) -> Non
     scale = {"mean": _target_std(manifest), "quantiles": _target_std(manifest)}
     for name, array in whole.outputs.items():
         size = scale.get(name, 1.0)
-        _close(name, array / size, golden[f"torch.output.{name}"] / size, manifest.tolerance)
+        check_close(name, array / size, golden[f"torch.output.{name}"] / size, manifest.tolerance)
     states = state.stack(manifest.states, whole.rows)
     for spec, array in zip(manifest.states, states, strict=True):
-        _close(spec.name, array, golden[f"torch.state.{spec.name}"], manifest.tolerance)
+        check_close(spec.name, array, golden[f"torch.state.{spec.name}"], manifest.tolerance)
 
 
 def _target_std(manifest: Manifest) -> Array:
     return np.array([target.std for target in manifest.targets] or [1.0])
 
 
-def _close(name: str, found: Array, expected: Array, tolerance: float) -> None:
+def check_close(name: str, found: Array, expected: Array, tolerance: float) -> None:
+    """Raise BundleError when an array is not the golden one."""
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=tolerance, atol=tolerance):
         raise BundleError(f"the graph's {name!r} differs from the golden example")
 
@@ -284,23 +315,24 @@ def _chunks_agree(runner: Runner, entries: Array, whole: Folded) -> bool:
     rows = [state.initial_row(runner.manifest.states)] * entries.shape[1]
     for t in range(len(entries)):
         step = runner.run(entries[t : t + 1], rows)
-        if not all(_equal(array[0], whole.outputs[name][t]) for name, array in step.outputs.items()):
+        if not all(equal(array[0], whole.outputs[name][t]) for name, array in step.outputs.items()):
             return False
         rows = step.rows
     return all(
-        _equal(a, b) for row, other in zip(rows, whole.rows, strict=True) for a, b in zip(row, other, strict=True)
+        equal(a, b) for row, other in zip(rows, whole.rows, strict=True) for a, b in zip(row, other, strict=True)
     )
 
 
-def _equal(a: Array, b: Array) -> bool:
+def equal(a: Array, b: Array) -> bool:
+    """Bit for bit."""
     return a.tobytes() == b.tobytes()
 
 
-def _digest(manifest: Manifest, folded: Folded) -> str:
+def digest(manifest: Manifest, folded: Folded) -> str:
     """Names the arithmetic: equal digests promise equal bits."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for part in (manifest.graph_sha256, onnxruntime.__version__, platform.machine(), manifest.sampler):
-        digest.update(part.encode() + b"\0")
+        found.update(part.encode() + b"\0")
     for array in (*folded.outputs.values(), *folded.rows[0]):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]

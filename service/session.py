@@ -26,7 +26,7 @@ from service.store.base import UNREAD, Commit, Conflict, Generation, Head, Key, 
 from service.turns import Place, Turn
 from service.work.base import NewSession, Work, new_head
 from service.work.events import Column, Done, Event, Failed, Listener, LostRace, Token
-from service.work.feed import Feed, KeptAnswer, Keyed, Predict, abandoned
+from service.work.feed import Feed, KeptAnswer, Keyed, Predict, Whole, abandoned
 from service.work.feeds import Feeds
 from service.work.forecast import Forecast, Path
 from service.work.generate import MAX_TOKENS_KEPT, Generate, reply_of
@@ -39,6 +39,9 @@ T = TypeVar("T")
 
 SHOWN_TOGETHER = 4096
 """numbers of a session's output: of more the predictions are worked out one session after another"""
+
+MAX_WHOLE = 65_536
+"""steps of a sequence that can not be cut into calls"""
 
 MANY = 1024
 """work on more items than this is done beside the event loop"""
@@ -332,11 +335,22 @@ class Sessions:
         self, model: Model, sequences: Sequence[Array], last_only: bool, rows: Sequence[Row] | None = None
     ) -> list[Done]:
         """Whole sequences, each from the initial state or from its own of `rows`."""
+        if not model.bundle.manifest.streamable:
+            return await self._predict_whole(model, sequences, last_only, rows)
         begins = rows if rows is not None else [None] * len(sequences)
         pairs = zip(sequences, begins, strict=True)
         return await self._do_all(
             model, [partial(Predict, entries=e, last_only=last_only, row=row) for e, row in pairs]
         )
+
+    async def _predict_whole(
+        self, model: Model, sequences: Sequence[Array], last_only: bool, rows: Sequence[Row] | None
+    ) -> list[Done]:
+        if rows is not None:
+            must_stream(model)
+        if max(map(len, sequences)) > MAX_WHOLE:
+            raise invalid(f"a sequence of this model is one call: at most {MAX_WHOLE} steps", "/sequences")
+        return await self._do_all(model, [partial(Whole, entries=one, last_only=last_only) for one in sequences])
 
     # ------------------------------------------------------------------ changing
 
@@ -344,7 +358,7 @@ class Sessions:
         """A new session at position 0."""
         async with self.turn(key):
             await self.must_not_live(key)
-            model = self.registry.get(opening.model or "", opening.version)
+            model = must_stream(self.registry.get(opening.model or "", opening.version))
             epoch = await asyncio.to_thread(self.store.next_epoch, key)
             head = new_head(self._new(key, opening), model.bundle.manifest, epoch)
             return await self.put(Commit(head, None, reply=session_reply(keyed) if keyed is not None else None))
@@ -627,7 +641,7 @@ class Sessions:
         if head is None or head.status != "live":
             if opening.model is None or opening.lives or opening.position not in (None, 0):
                 live(key, head)
-            return self.registry.get(opening.model or "", opening.version), self._new(key, opening)
+            return must_stream(self.registry.get(opening.model or "", opening.version)), self._new(key, opening)
         if opening.lives is False:
             raise Problem("session_exists", f"session {key[1]!r} lives", position=head.position)
         if opening.model not in (None, head.model) or opening.version not in (None, head.version):
@@ -720,7 +734,12 @@ async def _encode(model: Model, inputs: object, pointer: str = "/inputs") -> Arr
 
 
 def _many(inputs: object) -> bool:
-    return isinstance(inputs, str | list) and len(inputs) >= MANY
+    if isinstance(inputs, dict):
+        return any(map(_many, inputs.values()))
+    if not isinstance(inputs, str | list):
+        return False
+    items = len(inputs) * (len(inputs[0]) if len(inputs) > 1 and isinstance(inputs[0], list) else 1)
+    return items >= MANY
 
 
 def _owes_an_answer(head: Head) -> bool:
@@ -730,6 +749,15 @@ def _owes_an_answer(head: Head) -> bool:
 
 def _unfinished(head: Head) -> bool:
     return head.generation is not None and head.generation.finish_reason is None
+
+
+def must_stream(model: Model) -> Model:
+    """The model, if it can keep a session's memory; raises Problem when it takes whole sequences only."""
+    manifest = model.bundle.manifest
+    if not manifest.streamable:
+        where = f"/v1/models/{manifest.name}/predict"
+        raise Problem("not_streamable", f"{manifest.name} takes whole sequences only: POST them to {where}")
+    return model
 
 
 def needs_language_model(model: Model) -> None:

@@ -41,19 +41,24 @@ def stack(specs: Sequence[StateSpec], rows: Sequence[Row]) -> list[Array]:
 def _stacked(spec: StateSpec, arrays: Sequence[Array]) -> Array:
     # NumPy's own ways give the GIL away, and each time it has to be got back from a busy event loop.
     if not all(array.flags.c_contiguous for array in arrays):
-        return np.stack(arrays, axis=spec.batch_axis)
-    before = prod(spec.row_shape[: spec.batch_axis])
+        return np.stack(arrays, axis=spec.stack_axis)
+    before = prod(spec.row_shape[: spec.stack_axis])
     rows = [array.data.cast("B") for array in arrays]
     size = len(rows[0]) // before
     joined = b"".join([row[at : at + size] for at in range(0, size * before, size) for row in rows])
-    shape = (*spec.row_shape[: spec.batch_axis], len(arrays), *spec.row_shape[spec.batch_axis :])
+    shape = (*spec.row_shape[: spec.stack_axis], len(arrays), *spec.row_shape[spec.stack_axis :])
     return np.frombuffer(joined, arrays[0].dtype).reshape(shape)
 
 
 def unstack(specs: Sequence[StateSpec], batch: Sequence[Array]) -> list[Row]:
     """Batch arrays to rows that share their memory; inverse of `stack`."""
-    moved = [np.moveaxis(array, spec.batch_axis, 0) for spec, array in zip(specs, batch, strict=True)]
-    return list(zip(*(list(array) for array in moved), strict=True))
+    moved = [np.moveaxis(array, spec.stack_axis, 0) for spec, array in zip(specs, batch, strict=True)]
+    return list(zip(*(_rows(array) for array in moved), strict=True))
+
+
+def _rows(array: Array) -> list[Array]:
+    # What a list makes of one axis are numbers, no arrays.
+    return list(array) if array.ndim > 1 else [array[i, ...] for i in range(len(array))]
 
 
 def kept(arrays: Sequence[Array]) -> list[Array]:
@@ -96,7 +101,9 @@ def digest(row: Row) -> str:
 def dump(specs: Sequence[StateSpec], row: Row, metadata: dict[str, str] | None = None) -> bytes:
     """A row as safetensors, one tensor a state, by the manifest's names."""
     # Of an array that is not contiguous it would write other numbers than are in it.
-    tensors = {spec.name: np.ascontiguousarray(array) for spec, array in zip(specs, row, strict=True)}
+    tensors = {
+        spec.name: np.ascontiguousarray(array).reshape(array.shape) for spec, array in zip(specs, row, strict=True)
+    }
     return safetensors.numpy.save(tensors, metadata)
 
 

@@ -1,7 +1,7 @@
 """What differs by task: text, symbols and values to entries, and outputs to predictions.
 
-An entry is one input of the network as the log keeps it: a symbol's id (int32) or the values of all features
-(float32, in the data's own units).
+An entry is one input of the network as the log keeps it: a symbol's id (int32), the values of all features
+(float32, in the data's own units), or the tensors of a raw model in the graph's own types.
 """
 
 import math
@@ -14,6 +14,7 @@ from service.bundle import Feature, Manifest
 from service.errors import Problem, invalid
 from service.sampling import log_softmax
 from service.state import Array
+from service.tensors import Tensors
 
 Output = dict[str, Array]
 """The graph's outputs at one position, or at consecutive ones: name to [...] or [n, ...]."""
@@ -36,11 +37,14 @@ class Codec:
         self._table = _character_table(manifest) if self.symbolic else None
         self._features = {feature.name: i for i, feature in enumerate(manifest.features)}
         self._target_features = [self._features.get(target.name) for target in manifest.targets]
-        self.entry_shape = () if self.symbolic else (len(manifest.features),)
+        self._tensors = Tensors(manifest.inputs) if manifest.input_kind == "tensors" else None
+        self.entry_dtype: np.dtype[Any] = np.dtype("<i4") if self.symbolic else np.dtype("<f4")
+        self.entry_shape: tuple[int, ...] = () if self.symbolic else (len(manifest.features),)
+        if self._tensors is not None:
+            self.entry_dtype, self.entry_shape = self._tensors.entry_dtype, self._tensors.entry_shape
         judged = {"language-model": "logits", "forecaster": "quantiles" if manifest.quantiles else ""}
         self.judged = judged.get(manifest.task, "")
         """the output that says how unexpected an entry was, if there is one"""
-        self.entry_dtype = np.dtype("<i4") if self.symbolic else np.dtype("<f4")
 
     # ------------------------------------------------------------------ inputs
 
@@ -48,13 +52,18 @@ class Codec:
         """Inputs of a request as entries [n] or [n, F]; NaN where a null waits for `fill`."""
         if isinstance(inputs, np.ndarray):
             return self._encode_array(inputs, pointer)
-        entries = self._encode_symbols(inputs, pointer) if self.symbolic else self._encode_values(inputs, pointer)
+        if self._tensors is not None:
+            entries = self._tensors.encode(inputs, pointer)
+        else:
+            entries = self._encode_symbols(inputs, pointer) if self.symbolic else self._encode_values(inputs, pointer)
         if len(entries) == 0:
             raise invalid("at least one step is needed", pointer)
         return entries
 
     def _encode_array(self, array: Array, pointer: str) -> Array:
         """Entries that come as an array already: at least one, of their shape, and numbers that the model knows."""
+        if self.entry_dtype.names is not None:
+            raise invalid("the model has several inputs: feed it by /v1/sessions, which takes them by name", pointer)
         if array.shape[1:] != self.entry_shape or not len(array):
             raise invalid(f"steps have the shape {list(self.entry_shape)}, and at least one is needed", pointer)
         if self.symbolic:
@@ -66,7 +75,7 @@ class Codec:
         with np.errstate(over="ignore"):  # what does not fit is found as infinite
             entries = array.astype(self.entry_dtype)
         if not np.isfinite(entries).all():
-            raise invalid("every value must be finite and fit a 32-bit float", pointer)
+            raise invalid(f"every value must be finite and fit {self.entry_dtype.name}", pointer)
         return entries
 
     def _encode_symbols(self, inputs: object, pointer: str) -> Array:
@@ -139,7 +148,7 @@ class Codec:
 
     def fill(self, entries: Array, before: Array | None) -> Array:
         """Put the value of the step before (else the training mean) where a null was; `before`: [F] or None."""
-        if self.symbolic or not np.isnan(entries).any():
+        if not self.manifest.features or not np.isnan(entries).any():
             return entries
         filled = entries.copy()
         last = before if before is not None else np.array([f.mean for f in self.manifest.features], "<f4")
@@ -150,7 +159,9 @@ class Codec:
 
     def gaps(self, entries: Array) -> list[bool]:
         """Where there is something to `fill`, one an entry."""
-        return [False] * len(entries) if self.symbolic else [bool(np.isnan(entry).any()) for entry in entries]
+        if not self.manifest.features:
+            return [False] * len(entries)
+        return [bool(np.isnan(entry).any()) for entry in entries]
 
     def start(self) -> Array:
         """The start symbol as entries [1]; raises `empty_session` when the model has none."""
@@ -167,7 +178,9 @@ class Codec:
         return np.frombuffer(data, self.entry_dtype).reshape(-1, *self.entry_shape)
 
     def decode(self, entries: Array) -> list[Any]:
-        """Entries as they can be fed again: symbols, or a list of values a step."""
+        """Entries as they can be fed again: symbols, a list of values a step, or tensors."""
+        if self._tensors is not None:
+            return self._tensors.decode(entries)
         if self.symbolic:
             return [self.manifest.symbols[i] for i in entries.tolist()]
         return list(entries.tolist())
@@ -212,7 +225,12 @@ class Codec:
             case "language-model":
                 return [{"alternatives": row} for row in self._alternatives(outputs["logits"], alternatives)]
             case "classifier":
-                return [self._classified(row) for row in np.exp(log_softmax(outputs["logits"]))]
+                given = outputs.get("probabilities")
+                probabilities = given if given is not None else np.exp(log_softmax(outputs["logits"]))
+                return [self._classified(row) for row in probabilities]
+            case "raw":
+                listed = {name: array.tolist() for name, array in outputs.items()}
+                return [{"outputs": dict(zip(listed, row, strict=True))} for row in zip(*listed.values(), strict=True)]
             case _:
                 return [self._forecast(outputs, i) for i in range(len(outputs["mean"]))]
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from service import state
 from service.bundle import DTYPES, Bundle, TensorSpec, Window
+from service.foreign import ForeignRunner
 from service.runner import Begun, Draw, Folded, Runner
 from service.state import Array, Row
 from service.tasks import Output
@@ -146,5 +147,7 @@ Served = Runner | Windowed
 
 def open_runner(bundle: Bundle, threads: int | Literal["auto"]) -> Served:
     """The runner of a bundle, with the memory that its manifest asks for; raises BundleError."""
-    runner, memory = Runner(bundle, threads), bundle.manifest.memory
+    manifest = bundle.manifest
+    runner = Runner(bundle, threads) if manifest.foreign is None else ForeignRunner(bundle, threads)
+    memory = manifest.memory
     return Windowed(runner, memory.window) if isinstance(memory, Window) else runner

@@ -27,7 +27,7 @@ class Step(BaseModel):
 
 def build(bundle: Bundle, threads: int) -> FastAPI:
     """The application."""
-    graph, axes = Bare(bundle, threads), [state.batch_axis for state in bundle.manifest.states]
+    graph, axes = Bare(bundle, threads), [state.stack_axis for state in bundle.manifest.states]
     states: dict[str, list[Array]] = {}
     waiting: asyncio.Queue[tuple[Step, asyncio.Future[Answer]]] = asyncio.Queue()
 

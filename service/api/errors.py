@@ -42,6 +42,7 @@ STATUS: dict[str, tuple[int, str]] = {
     "invalid_input": (422, "Invalid input"),
     "unknown_symbol": (422, "Unknown symbol"),
     "task_mismatch": (422, "Task mismatch"),
+    "not_streamable": (422, "Not streamable"),
     "empty_session": (422, "Empty session"),
     "incompatible_version": (422, "Incompatible version"),
     "idempotency_key_reused": (422, "Idempotency key reused"),

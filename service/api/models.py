@@ -23,7 +23,7 @@ from service.api.requests import (
     while_connected,
 )
 from service.api.responses import BODY_ERRORS, JsonResponse, described
-from service.bundle import Manifest
+from service.bundle import Manifest, TensorSpec
 from service.errors import invalid
 from service.registry import Model, Registry
 from service.state import Array
@@ -147,6 +147,8 @@ def card(versions: dict[int, Model]) -> dict[str, Any]:
 
 
 def _inputs(manifest: Manifest) -> list[dict[str, Any]]:
+    if manifest.input_kind == "tensors":
+        return [_tensor(spec) for spec in manifest.inputs]
     if manifest.features:
         return [{"name": f.name, "unit": f.unit, "fill": f.fill} for f in manifest.features]
     splitter = manifest.splitter.kind if manifest.splitter is not None else None
@@ -154,8 +156,15 @@ def _inputs(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _outputs(manifest: Manifest) -> list[dict[str, Any]]:
+    if manifest.task == "raw":
+        return [_tensor(spec) for spec in manifest.outputs]
     if manifest.targets:
         return [{"name": t.name, "unit": t.unit, "quantiles": list(manifest.quantiles)} for t in manifest.targets]
     if manifest.labels:
         return [{"name": "label", "labels": list(manifest.labels)}]
     return [{"name": "alternatives", "vocabulary": len(manifest.symbols)}]
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    """What a raw model takes or gives at each step."""
+    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.row_shape)}

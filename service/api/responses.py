@@ -8,7 +8,15 @@ from pydantic import BaseModel
 
 from service.api.errors import STATUS
 
-ERRORS = ("session_not_found", "session_expired", "session_closed", "session_busy", "overloaded", "invalid_input")
+ERRORS = (
+    "session_not_found",
+    "session_expired",
+    "session_closed",
+    "session_busy",
+    "overloaded",
+    "invalid_input",
+    "not_streamable",
+)
 
 
 ALWAYS = (
@@ -132,6 +140,7 @@ class Prediction(BaseModel):
     probabilities: dict[str, float] | None = None
     mean: dict[str, float] | None = None
     quantiles: dict[str, dict[str, float]] | None = None
+    outputs: dict[str, Any] | None = None
 
 
 class Steps(BaseModel):

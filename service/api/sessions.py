@@ -77,7 +77,7 @@ class UpdateBody(Strict):
 class StepsBody(Strict):
     """A sequence to feed."""
 
-    inputs: Any = Field(description="a string, symbols or ids, or values by feature; see the model's `inputs`")
+    inputs: Any = Field(description="a string, symbols or ids, values by feature, or tensors; see the model's `inputs`")
     position: Position | None = None
     predictions: Literal["last", "all", "none"] = "last"
     alternatives: int = Field(default=5, ge=0, le=1000, description="language models: how many likely symbols to show")
@@ -102,7 +102,9 @@ class ForecastBody(Strict):
     "",
     status_code=201,
     openapi_extra=body_of(CreateBody, who={"model": "who", "id": "kitchen"}),
-    responses=described(201, "the session", "Session", "model_not_found", "session_exists", *BODY_ERRORS),
+    responses=described(
+        201, "the session", "Session", "model_not_found", "session_exists", "not_streamable", *BODY_ERRORS
+    ),
 )
 async def create(request: Request) -> Response:
     """Create a session at position 0."""

@@ -286,9 +286,9 @@ class Work:
         """The engine does not take it; called on the event loop."""
         self.listener(Failed(problem))
 
-    def failed(self) -> None:
+    def failed(self, problem: Problem) -> None:
         """The model could not be run on it, not even alone."""
-        self.end(Failed(Problem("internal", "the model could not be run on these inputs")))
+        self.end(Failed(problem))
 
     def tell(self, event: Event) -> None:
         """Send an event to the listener with the tick's end."""

@@ -1,6 +1,6 @@
 """Feeding a sequence: into a session, or through an empty memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -9,8 +9,8 @@ import numpy as np
 from service.state import Array, Row
 from service.store.base import Commit, Generation, Head, Reply, tombstone
 from service.tasks import Output
-from service.work.base import Host, NewSession, Resident, SessionWork, Work, length_of
-from service.work.events import Done, Listener
+from service.work.base import Host, NewSession, Resident, SessionWork, Work, all_finite, length_of
+from service.work.events import Done, Failed, Listener
 
 MAX_BODY_KEPT = 16 * 1024
 """a longer answer is not kept but worked out again"""
@@ -111,6 +111,33 @@ class Predict(Work):
         if not self.remaining:
             outputs, before = self._kept.take(self._count)
             self.end(Done(None, outputs, before, self.row))
+
+
+class Whole(Work):
+    """A whole sequence through a graph that can not be streamed: one call, without a session."""
+
+    def __init__(self, listener: Listener, entries: Array, last_only: bool) -> None:
+        super().__init__(listener, len(entries))
+        self._sequence = entries
+        self._shown = 1 if last_only else len(entries)
+
+    def begin(self, host: Host) -> None:
+        """The sequence is one entry."""
+        self.row = host.initial_row
+        self.entries = np.empty(1, object)
+        self.entries[0] = host.codec.fill(self._sequence, None)
+
+    def take(self, outputs: Output, rows: Sequence[Row], finite: bool) -> int:
+        """Take what the call gave, and answer."""
+        whole: Output = {name: array[0, 0] for name, array in outputs.items()}
+        self.cursor = 1
+        if not (finite or all_finite(whole)):
+            self.end(Failed(self.fault))
+            return 1
+        begin = max(length_of(whole) - self._shown, 0)
+        before = {name: array[begin - 1] for name, array in whole.items()} if begin else None
+        self.end(Done(None, {name: array[begin:] for name, array in whole.items()}, before, self.row))
+        return 0
 
 
 class Feed(SessionWork):

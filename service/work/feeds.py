@@ -124,7 +124,7 @@ class Feeds(Work):
         for one in self.asked:
             one(Failed(problem))
 
-    def failed(self) -> None:
+    def failed(self, problem: Problem) -> None:
         """Each goes on alone, so that one bad entry harms no other."""
         for one in self.asked:
             self._stray(one)
