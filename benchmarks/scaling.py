@@ -23,6 +23,7 @@ from benchmarks.served import say
 from service.bundle import GOLDEN, GRAPH, Bundle, load
 from training import export, graph
 from training.model import ModelConfig, RecurrentModel
+from training.publish import publish as published
 
 REFERENCE = ModelConfig("language-model", "lstm", layers=2, hidden=512, embedding=256, vocabulary=128)
 BARE, ENGINE = "bare graph", "engine"
@@ -74,7 +75,7 @@ def publish(config: ModelConfig, folder: Path) -> Bundle:
     onnx = graph.build(module).SerializeToString()
     manifest = export.describe(module, meta, "scaling", 1, {}, {})
     files = {GRAPH: onnx, GOLDEN: save(export.golden(module, onnx))}
-    return load(export.publish(folder / "scaling" / "1", manifest, files))
+    return load(published(folder / "scaling" / "1", manifest, files))
 
 
 def measure_point(sweep: Sweep, value: int, bundle: Bundle, chosen: argparse.Namespace, rounds: Rounds) -> None:

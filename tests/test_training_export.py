@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from service import bundle
 from service.bundle import Manifest
 from training import export, graph
+from training import publish as publishing
 from training.export import export_model, export_run
 from training.model import ModelConfig, RecurrentModel
 from training.parity import ExportError
@@ -173,7 +174,7 @@ def test_failure_while_writing_leaves_nothing(
     if version:
         export_model(*text_model(), tmp_path, "tiny", version)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(export, "_rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(publishing, "_rename", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         export_model(*text_model(), tmp_path, "tiny")
     assert sorted(tmp_path.rglob("*")) == before

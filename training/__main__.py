@@ -156,7 +156,7 @@ def export(
 ) -> None:
     """Write a run's best model, or your own weights, as a checked ONNX bundle."""
     from training.export import Int8, export_run  # onnx loads slowly and only this command needs it
-    from training.parity import ExportError
+    from training.publish import ExportError
 
     quantised = Int8(int8_bound, cache) if int8 else None
     try:

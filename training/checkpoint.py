@@ -6,7 +6,6 @@ A directory is written beside its place and renamed, so that a crash leaves eith
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.model import ModelConfig, RecurrentModel, State
+from training.publish import sync
 
 LAST, BEST = "last", "best"
 
@@ -179,12 +179,3 @@ def _replace(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[st
     temporary.rename(folder)
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

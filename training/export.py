@@ -6,8 +6,6 @@ renamed, so that a bundle is there in full or not at all. A version is never ove
 
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,8 +21,6 @@ from service.bundle import (
     CARD,
     GOLDEN,
     GRAPH,
-    MANIFEST,
-    NAME_PATTERN,
     Feature,
     Manifest,
     Splitter,
@@ -35,18 +31,18 @@ from service.bundle import (
     sha256_of,
 )
 from training import card, graph, memory, own, pairs, parity
-from training.checkpoint import environment, load_model, sync
+from training.checkpoint import environment, load_model
 from training.evaluate import headline, run_corpus
 from training.int8 import Int8Nodes, simulated
 from training.model import OwnHead, RecurrentModel, state_names
 from training.pairs import Arrays, Pairs
-from training.parity import ExportError, Step, Tensors
+from training.parity import Step, Tensors
+from training.publish import ExportError, free_version, publish, without_paths
 from training.spec import Spec, read_spec
 
 GOLDEN_STEPS, GOLDEN_ROWS, GOLDEN_SEED, GOLDEN_TRIES = 16, 7, 7, 32
 MAX_PLOTS, MAX_PLOT_BYTES = 4, 512 * 1024
 PROVENANCE = ("command", "seed", "data", "weights", "steps", "epochs", "minutes", "recipe", "environment")
-ABSOLUTE_PATH = re.compile(r"(?<![\w./:~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"]+[/\\])+")
 
 Own = nn.Module | Mapping[str, Tensor] | Path
 """A network that was trained elsewhere: itself, its state dict, or a file of one"""
@@ -222,16 +218,6 @@ def _refuse_unbounded(module: RecurrentModel) -> None:
         raise ExportError("int8: the h of a relu cell has no bound that its steps could be counted in")
 
 
-def free_version(models: Path, name: str, version: int | None = None) -> int:
-    """The version asked for, or the greatest so far and one more; raises ExportError if it is taken."""
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise ExportError(f"name: {name!r} does not match {NAME_PATTERN}")
-    taken = [int(path.name) for path in (models / name).glob("*") if re.fullmatch(r"[1-9]\d*", path.name)]
-    if version in taken:
-        raise ExportError(f"version: {name}/{version} exists and is never overwritten; leave --version out")
-    return max(taken, default=0) + 1 if version is None else version
-
-
 def describe(
     module: RecurrentModel,
     meta: Mapping[str, Any],
@@ -307,36 +293,6 @@ def _tensors_of(entries: parity.Array, answers: Mapping[str, tuple[Tensors, Tens
     return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
 
-def publish(target: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Path:
-    """Write the files and the manifest with their checksums beside `target`, then rename; all or nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        for name, content in files.items():
-            _write(temporary / name, content)
-        sums = {name: sha256_of(temporary / name) for name in files}
-        complete = manifest.model_copy(update={"files": sums})
-        _write(temporary / MANIFEST, complete.model_dump_json(indent=2).encode() + b"\n")
-        temporary.chmod(0o755)  # mkdtemp gives 0700, and a container serves as another user
-        sync(temporary)
-        _rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not any(target.parent.iterdir()):
-            target.parent.rmdir()
-    sync(target.parent)
-    return target
-
-
-def without_paths(value: Any) -> Any:  # noqa: ANN401 (any JSON)
-    """The same JSON with absolute paths cut down to their last part: a bundle travels, its machine does not."""
-    if isinstance(value, Mapping):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
-    return ABSOLUTE_PATH.sub("", value) if isinstance(value, str) else value
-
-
 def _refuse_mismatch(module: RecurrentModel, meta: Mapping[str, Any]) -> None:
     config = module.config
     for key, wanted in (("symbols", config.vocabulary), ("features", len(config.periods)), ("labels", config.labels)):
@@ -400,17 +356,3 @@ def _pictures(plots: Sequence[Path]) -> dict[str, bytes]:
     small = [plot for plot in plots if plot.stat().st_size <= MAX_PLOT_BYTES]
     named = {re.sub(r"[^A-Za-z0-9._-]+", "-", plot.name).lstrip("._-"): plot for plot in small}
     return {name: plot.read_bytes() for name, plot in list(named.items())[:MAX_PLOTS]}
-
-
-def _rename(temporary: Path, target: Path) -> None:
-    try:
-        temporary.rename(target)
-    except OSError as error:
-        raise ExportError(
-            f"version: {target.parent.name}/{target.name} cannot be published: {error.strerror}"
-        ) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    sync(path)

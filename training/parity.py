@@ -3,11 +3,8 @@
 Whatever fails raises ExportError with the check's name and figure; what passes becomes `manifest.checks`.
 """
 
-import platform
-import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,8 @@ import onnxruntime
 import torch
 
 from training.model import OwnHead, RecurrentModel, ValueEncoder, state_names
+from training.publish import ExportError as ExportError
+from training.publish import cpu_kind
 
 BATCHES = (1, 2, 7, 64)
 CHUNKS = (1, 5, 2, 17, 8)
@@ -29,10 +28,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Tensors = dict[str, Array]
 Step = Callable[[Array, Tensors], tuple[Tensors, Tensors]]
 """(entries [T, B, ...], states) -> (outputs [T, B, ...], states), each by name."""
-
-
-class ExportError(Exception):
-    """A model that must not be published; the message names the check and its figure."""
 
 
 def check(module: RecurrentModel, graph: bytes, int8: bool = False) -> dict[str, Any]:
@@ -214,15 +209,6 @@ def target_std(module: RecurrentModel) -> Array:
     assert isinstance(module.encoder, ValueEncoder)
     std: Array = module.encoder.scale[list(module.config.targets)].cpu().numpy()
     return std
-
-
-def cpu_kind() -> str:
-    """The processor's name, e.g. "AMD EPYC (x86_64)"."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return f"{found[1] if found else platform.processor() or 'unknown'} ({platform.machine()})"
 
 
 def _units(module: RecurrentModel) -> str:
