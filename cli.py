@@ -15,6 +15,7 @@ keys = typer.Typer(no_args_is_help=True, help="API keys for RECURRA_API_KEYS_FIL
 app.add_typer(keys, name="keys")
 
 FOR_TRAINING = {"torch", "onnx", "matplotlib"}
+FOREIGN = {"inspect", "add"}
 PASSED_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
 
@@ -77,10 +78,25 @@ def recipes(context: typer.Context) -> None:
     hand_over("recipes", context.args)
 
 
+@app.command(context_settings=PASSED_ON)
+def inspect(context: typer.Context) -> None:
+    """Find out what an ONNX file is: its states, its axes, how it may be called."""
+    hand_over("inspect", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def add(context: typer.Context) -> None:
+    """Publish an ONNX file that was made elsewhere as a bundle."""
+    hand_over("add", context.args)
+
+
 def hand_over(command: str, arguments: list[str]) -> None:
-    """Run a command of `python -m training`; exits with its status, or says what to install."""
+    """Run a command of `python -m training`, or of training.foreign; exits with its status, or says what to install."""
     try:
-        from training.__main__ import app as training
+        if command in FOREIGN:
+            from training.foreign.__main__ import app as training
+        else:
+            from training.__main__ import app as training
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in FOR_TRAINING:
             raise

@@ -1,0 +1,1 @@
+"""Graphs that were made elsewhere: found out about, tried, and published as bundles. Needs onnx, not torch."""
