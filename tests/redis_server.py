@@ -112,20 +112,6 @@ class RedisServer:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(START_S)
             self._process = None
-            self._until_the_port_is_free()
-
-    def _until_the_port_is_free(self) -> None:
-        """The child that was writing a file has the socket, too, until it is gone."""
-        end = time.monotonic() + START_S
-        while True:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind(("127.0.0.1", self.port))
-                    return
-                except OSError:
-                    assert time.monotonic() < end, f"port {self.port} stays taken"
-            time.sleep(0.01)
 
     def restart(self) -> None:
         self.kill()

@@ -33,7 +33,7 @@ finally:
     done = run("-c", code)
     assert done.returncode == 0
     assert done.stderr == "[]\n"
-    for command in ("serve", "keys", "train", "evaluate", "sample", "export", "recipes"):
+    for command in ("serve", "keys", "train", "evaluate", "sample", "export", "recipes", "inspect", "add"):
         assert command in done.stdout
 
 
