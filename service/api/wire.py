@@ -7,6 +7,7 @@ application as if it had never been looked at. Uvicorn's protocol does all the r
 import re
 from typing import Any, ClassVar
 
+from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service import metrics
@@ -18,7 +19,9 @@ from service.run import Race
 from service.session import Feeding, Sessions
 
 MAX_BODY = 64 * 1024
-UNUSUAL = frozenset((b"idempotency-key", b"transfer-encoding", b"expect", b"upgrade", b"x-request-id", b"traceparent"))
+UNUSUAL = frozenset(
+    (b"idempotency-key", b"transfer-encoding", b"expect", b"upgrade", b"origin", b"x-request-id", b"traceparent")
+)
 """headers that ask for more than a step"""
 
 _STEPS = re.compile(rb"/v1/sessions/([A-Za-z0-9._:-]{1,128})/steps")
@@ -35,12 +38,13 @@ class _Nobody:
 class Step:
     """A step that has begun, in the place of uvicorn's cycle of a request and its response."""
 
-    __slots__ = ("body", "disconnected", "feeding", "keep_alive", "protocol", "response_complete")
+    __slots__ = ("body", "disconnected", "feeding", "keep_alive", "protocol", "response_complete", "tenant")
 
     message_event = _Nobody()
 
-    def __init__(self, protocol: "Wire", body: StepsBody, feeding: Feeding) -> None:
+    def __init__(self, protocol: "Wire", tenant: str, body: StepsBody, feeding: Feeding) -> None:
         self.protocol = protocol
+        self.tenant = tenant
         self.body = body
         self.feeding = feeding
         self.keep_alive = True
@@ -56,8 +60,7 @@ class Step:
         except Exception as error:
             self.refuse(error)
         else:
-            _ANSWERED.inc()
-            self.protocol.answer(self, JsonLine(answer))
+            self._answer(JsonLine(answer))
 
     async def again(self, sessions: Sessions) -> None:
         """Somebody else moved the session first: try again, as the application does."""
@@ -67,14 +70,20 @@ class Step:
         except Exception as error:
             self.refuse(error)
         else:
-            _ANSWERED.inc()
-            self.protocol.answer(self, JsonLine(answer))
+            self._answer(JsonLine(answer))
 
     def refuse(self, error: Exception) -> None:
         """Answer with a problem."""
-        refusal = errors.answer_to(error)
-        metrics.REQUESTS.labels("POST", str(refusal.status_code)).inc()
-        self.protocol.answer(self, refusal)
+        self._answer(errors.answer_to(error))
+
+    def _answer(self, answer: Response) -> None:
+        if answer.status_code == 200:
+            _ANSWERED.inc()
+        else:
+            metrics.REQUESTS.labels("POST", str(answer.status_code)).inc()
+        if self.tenant:
+            metrics.TENANT_REQUESTS.labels(self.tenant, str(answer.status_code)).inc()
+        self.protocol.answer(self, answer)
 
 
 class Wire(HttpToolsProtocol):
@@ -169,7 +178,7 @@ class Wire(HttpToolsProtocol):
             return None  # the application meets the same, and answers it
         if feeding is None:
             return None
-        step = Step(self, body, feeding)
+        step = Step(self, tenant.name, body, feeding)
         feeding.then = step.ended
         return step
 
@@ -179,7 +188,7 @@ class Wire(HttpToolsProtocol):
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def answer(self, step: Step, response: Any) -> None:  # noqa: ANN401 (a Response, or what looks like one)
+    def answer(self, step: Step, response: Response) -> None:
         """Write an answer in one part, together with those of the other connections that come in the same turn."""
         self._step, step.response_complete = None, True
         if tenant := step.feeding.at.key[0]:

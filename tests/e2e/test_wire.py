@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
+from keyed import As, KeysFile
 from live import MakeServer, Server
 
 ORDINARY = b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n"
@@ -217,3 +219,25 @@ def test_a_stop_answers_what_has_begun_and_closes(fresh: MakeServer, name: str) 
         assert stands - len(positions) in (0, 1)
     for connection in connections:
         connection.close()
+
+
+def test_a_plain_step_goes_through_the_door_as_well(fresh: MakeServer, tmp_path: Path, name: str) -> None:
+    file = KeysFile(tmp_path / "keys.toml")
+    key, metrics_key = file.add("mine"), file.add("admin", "admin")
+    server = fresh(api_keys_file=file.path, cors_origins="https://pages.example").start()
+    mine = b"Authorization: Bearer %b\r\n" % key.encode()
+    with closing(Connection(server)) as connection:
+        connection.send(post(name, BODY))
+        assert connection.answer()[0] == 401
+        connection.send(post(name, BODY, b"Authorization: Bearer wrong\r\n"))
+        assert connection.answer()[0] == 401
+        connection.send(post(name, BODY, mine * 2))
+        assert connection.answer()[0] == 400
+        connection.send(post(name, BODY, mine))
+        assert position(connection) == 1
+        connection.send(post(name, BODY, mine + b"Origin: https://pages.example\r\n"))
+        status, headers, body = connection.answer()
+        assert (status, headers["access-control-allow-origin"]) == (200, "https://pages.example")
+        assert json.loads(body)["position"] == 2
+    with As(server, metrics_key) as admin:
+        assert admin.metric("recurra_tenant_requests_total", tenant="mine", status="200") == 2
