@@ -73,5 +73,5 @@ $(SERVING): pyproject.toml constraints.txt
 
 $(COMPLETE): $(SERVING)
 	@echo 'installing what training and the tests need'
-	@$(INSTALL) -e '.[training,redis,dev]'
+	@$(INSTALL) -e '.[training,redis,otel,dev]'
 	@touch $@

@@ -1,23 +1,22 @@
 """`python -m service`: read the settings, open the store, serve until SIGTERM."""
 
 import gc
-import logging
 import os
 import signal
 import socket
 import sys
-from contextlib import suppress
 from types import FrameType
 from typing import TextIO, cast
 
-import structlog
 import uvicorn
 
+from service import logs, tracing
 from service.api import websocket
 from service.api.auth import KeysError
 from service.api.connections import SEND_BUFFER_BYTES, Connection, cut_off, make_room
 from service.api.door import HEADERS
-from service.app import create_app, open_store
+from service.api.traces import TraceRequests
+from service.app import VERSION, create_app, open_store
 from service.settings import Settings, SettingsError, load
 from service.store.base import StoreError
 
@@ -32,7 +31,8 @@ def main() -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         settings = load()
-        configure_logging(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
+        start_tracing(settings)
         listener = listen(settings)
         store = open_store(settings)
     except SettingsError as error:
@@ -46,7 +46,7 @@ def main() -> int:
         return _refuse(f"RECURRA_API_KEYS_FILE: {error}")
     make_room(settings.max_connections)
     config = uvicorn.Config(
-        app,
+        TraceRequests(app, app.state) if tracing.on else app,
         http=Connection,
         headers=HEADERS,
         log_config=None,
@@ -61,7 +61,17 @@ def main() -> int:
     )
     server = Server(config)
     server.run([listener])
+    tracing.stop()
     return 0 if server.started else 1
+
+
+def start_tracing(settings: Settings) -> None:
+    """Trace if there is anywhere to send traces to; raises SettingsError when that can not be done."""
+    if tracing.enabled(settings.otel_endpoint):
+        try:
+            tracing.start(settings.otel_endpoint, VERSION)
+        except ImportError as error:
+            raise SettingsError("RECURRA_OTEL_ENDPOINT: traces need pip install 'recurra[otel]'") from error
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -74,24 +84,6 @@ def listen(settings: Settings) -> socket.socket:
         raise SettingsError(f"{where}: {os.strerror(error.errno) if error.errno else error}") from error
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     return listener
-
-
-class Unfailing:
-    """A text stream that drops what can not be written: a full disk under the log must not stop the service."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write, or drop."""
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush what can be."""
-        with suppress(OSError):
-            self._stream.flush()
 
 
 class Server(uvicorn.Server):
@@ -123,23 +115,7 @@ class Server(uvicorn.Server):
             host, port = sockets[0].getsockname()[:2] if sockets else (self.config.host, self.config.port)
             where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             told = f"Recurra listens on {where}\n  what is served: {where}/v1/models\n  the API: {where}/docs"
-            print(told, file=cast("TextIO", Unfailing(sys.stdout)), flush=True)
-
-
-def configure_logging(level: str) -> None:
-    """One line of key=value pairs an event, to standard error; uvicorn's own warnings too."""
-    number = getattr(logging, level.upper())
-    logging.basicConfig(level=max(number, logging.WARNING), format="%(levelname)s %(name)s: %(message)s")
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", Unfailing(sys.stderr))),
-    )
+            print(told, file=cast("TextIO", logs.Unfailing(sys.stdout)), flush=True)
 
 
 def _refuse(why: str) -> int:

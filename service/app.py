@@ -20,6 +20,7 @@ from service.api import (
     oip,
     openai,
     operations,
+    request_ids,
     sessions,
     shortcuts,
     streaming,
@@ -72,9 +73,12 @@ class App(FastAPI):
         """Answer a request, by the short way if there is one."""
         found = shortcuts.find(scope)
         if found is None:
-            await super().__call__(scope, receive, send)
-        else:
+            await CountRequests(super().__call__)(scope, receive, send)
+        elif (given := request_ids.given(scope)) is None:
             await shortcuts.serve(self, *found, scope, receive, send)
+        else:
+            with request_ids.Identified(scope, send, given) as identified:
+                await shortcuts.serve(self, *found, scope, receive, identified.send)
 
 
 def create_app(settings: Settings, store: Store) -> FastAPI:
@@ -101,7 +105,6 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     # The page's scripts come from here: FastAPI's own come from a CDN, and many services run without a way out.
     patch_fastapi(app, redirect_from_root_to_docs=False)
     errors.install(app)
-    app.add_middleware(CountRequests)
     if app.state.keys.on:
         app.openapi = partial(_with_keys, app.openapi)  # type: ignore[method-assign]
     return app
@@ -165,7 +168,7 @@ async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
 
 
 class CountRequests:
-    """Counts answers by method and status."""
+    """Counts answers by method and status, and gives each request an id; around all else, so it sees every answer."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -176,9 +179,11 @@ class CountRequests:
             await self._app(scope, receive, send)
             return
 
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                metrics.REQUESTS.labels(scope["method"], str(message["status"])).inc()
-            await send(message)
+        with request_ids.Identified(scope, send, request_ids.given(scope)) as identified:
 
-        await self._app(scope, receive, counted)
+            async def counted(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    metrics.answered(scope["method"], message["status"])
+                await identified.send(message)
+
+            await self._app(scope, receive, counted)

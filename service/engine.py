@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import structlog
 
-from service import metrics, state
+from service import metrics, state, tracing
 from service.errors import Problem, invalid, not_ready, overloaded
 from service.runner import Begun
 from service.sampling import Sampler
@@ -107,6 +107,9 @@ class Engine:
         self._store_run = store.run
         self._arrived = threading.Condition()
         self._inbox: deque[Work] = deque()
+        self._since = 0.0
+        """when what is begun, or goes on, was there: the oldest of the inbox, the end of its tick"""
+        self._inbox_since = 0.0
         self._unscheduled: list[Work] = []
         self._ahead: deque[Ahead] = deque()
         self._queued_steps = 0
@@ -116,12 +119,17 @@ class Engine:
         labels = (self.manifest.name, str(self.manifest.version))
         self._steps = metrics.STEPS.labels(*labels)
         self._tokens = metrics.TOKENS.labels(*labels)
+        self._ticks = metrics.TICKS.labels(*labels)
         self._batch_rows = metrics.BATCH_ROWS.labels(*labels)
+        self._queue_seconds = metrics.QUEUE_SECONDS.labels(*labels)
         self._run_seconds = metrics.RUN_SECONDS.labels(*labels)
-        self._wakes = metrics.WAKES.labels(*labels)
-        self._parks = metrics.PARKS.labels(*labels)
+        self._wake_seconds = metrics.WAKE_SECONDS.labels(*labels)
+        self._parked, self._ended, self._discarded, self._restarted = (
+            metrics.EVICTED.labels(*labels, reason) for reason in ("parked", "ended", "discarded", "store_restarted")
+        )
         self._faults = metrics.NUMERIC_FAULTS.labels(*labels)
-        metrics.RESIDENT.labels(*labels).set_function(lambda: len(self._residents))
+        metrics.MAX_BATCH_ROWS.labels(*labels).set(max_batch)
+        metrics.ACTIVE.labels(*labels).set_function(lambda: len(self._residents))
         metrics.QUEUED_STEPS.labels(*labels).set_function(lambda: self._queued_steps)
         self._thread = threading.Thread(target=self._run, name=f"engine-{'-'.join(labels)}", daemon=True)
 
@@ -136,6 +144,7 @@ class Engine:
             self._arrived.notify()
         self._thread.join()
         self._runner.close()
+        metrics.forget(self.manifest.name, str(self.manifest.version))
 
     def submit(self, *works: Work) -> None:
         """Queue work that begins at the same time, from any thread; raises Problem when the queue is full."""
@@ -149,6 +158,8 @@ class Engine:
             if self._queued_steps + cost > self._max_queue_steps:
                 raise overloaded(f"more than {self._max_queue_steps} steps are waiting; try again later")
             self._queued_steps += cost
+            if not self._inbox:
+                self._inbox_since = perf_counter()
             self._inbox.extend(works)
             self._arrived.notify()
 
@@ -172,6 +183,7 @@ class Engine:
                     return False
                 self._arrived.wait()
             arrived, self._inbox = self._inbox, deque()
+            self._since = self._inbox_since
         for work in arrived:
             self._begin(work)
         return True
@@ -221,7 +233,7 @@ class Engine:
 
     def _queue(self, work: Work) -> None:
         if not work.finished and work.steps:
-            self._scheduler.add(work)
+            self._scheduler.add(work, self._since)
         else:
             self._unscheduled.append(work)
 
@@ -230,6 +242,8 @@ class Engine:
             self._land()
         works, self._unscheduled = self._unscheduled, []
         batch = self._next_batch()
+        if batch is not None:
+            self._queue_seconds.observe(perf_counter() - batch.since)
         if batch is None:
             self._finish(works)
         elif batch.draws or batch.width < AHEAD_FED:
@@ -306,11 +320,14 @@ class Engine:
         seconds = self._together(act, works, batch.steps)
         width = sum(work.width for work in works)
         self._scheduler.pace.took(batch.draws, width, batch.steps, seconds)
+        self._ticks.inc()
         self._run_seconds.observe(seconds)
         self._batch_rows.observe(width)
         count, total = self.calls.get(width, (0, 0.0))
         self.calls[width] = (count + 1, total + seconds)
         self._steps.inc(batch.steps * width)
+        if tracing.on:
+            tracing.tell("run", works, seconds)
 
     def _together(self, act: Callable[[list[Work], int], float], works: list[Work], steps: int) -> float:
         """All rows at once; after a failure each once alone, so that one bad row harms no other. Gives the seconds."""
@@ -401,7 +418,10 @@ class Engine:
         if due or parking:
             started = perf_counter()
             results = self._committed([commit for _, commits in due for commit in commits], parking)
-            metrics.COMMIT_SECONDS.observe(perf_counter() - started)
+            seconds = perf_counter() - started
+            metrics.COMMIT_SECONDS.observe(seconds)
+            if tracing.on:
+                tracing.tell("commit", (work for work, _ in due), seconds)
             end = 0
             for work, commits in due:
                 begin, end = end, end + len(commits)
@@ -431,6 +451,7 @@ class Engine:
 
     def _reply(self, works: list[Work]) -> None:
         posted: list[tuple[Listener, Event]] = []
+        self._since = perf_counter()
         for work in works:
             posted += work.events
             work.events = []
@@ -463,18 +484,21 @@ class Engine:
 
     def forget(self, key: Key) -> None:
         """Drop a session from memory: it has ended, or left for another model version. From any thread."""
-        self._residents.pop(key, None)
+        if self._residents.pop(key, None) is not None:
+            self._ended.inc()
 
     def _drop_if_the_store_restarted(self) -> None:
         if self._store.run != self._store_run:
             self._store_run = self._store.run
+            self._restarted.inc(len(self._residents))
             self._residents.clear()
 
     def _load(self, head: Head) -> Resident:
         """The newest snapshot, and the log after it: at least one entry, which gives the last output back."""
+        began = perf_counter()
         start, row = self.state_below(head, head.position)
         tail = self.log_entries(head, start, head.position)
-        self._wakes.inc()
+        self._wake_seconds.observe(perf_counter() - began)
         return Resident(head, row, start, tail, None, tail[-1] if len(tail) else None, start)
 
     def state_below(self, head: Head, below: int) -> tuple[int, Row]:
@@ -520,7 +544,8 @@ class Engine:
 
     def _hold(self, key: Key, resident: Resident | None) -> None:
         if resident is None:
-            self._residents.pop(key, None)
+            if self._residents.pop(key, None) is not None:
+                self._discarded.inc()
             return
         self._residents[key] = resident
         self._residents.move_to_end(key)
@@ -529,7 +554,7 @@ class Engine:
 
     def _park(self, resident: Resident) -> None:
         """Leave a session to the store; a long way from its last snapshot it gets one with the next commit."""
-        self._parks.inc()
+        self._parked.inc()
         if resident.behind is not None:
             position, row = resident.behind
             data = state.dump(self.manifest.session_states, row)

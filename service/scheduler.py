@@ -48,6 +48,8 @@ class Batch(Generic[R]):
     steps: int
     draws: bool
     width: int
+    since: float
+    """when the first of them was there"""
 
 
 class Pace:
@@ -81,7 +83,7 @@ class Scheduler(Generic[R]):
         self.pace = Pace(numbers)
         self._max_batch = max_batch
         self._max_steps = max_steps
-        self._queues: dict[tuple[bool, int], deque[tuple[int, R]]] = {}
+        self._queues: dict[tuple[bool, int], deque[tuple[int, float, R]]] = {}
         self._arrivals = 0
         self.waiting = 0
         """sessions"""
@@ -89,8 +91,8 @@ class Scheduler(Generic[R]):
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    def add(self, row: R) -> None:
-        """Put a row behind those that wait."""
+    def add(self, row: R, since: float = 0.0) -> None:
+        """Put a row behind those that wait; `since`: when it was there."""
         self._arrivals += 1
         self.waiting += row.width
         most = MAX_DRAWN if row.draws else self._max_steps
@@ -98,7 +100,7 @@ class Scheduler(Generic[R]):
         queue = self._queues.get(kind)
         if queue is None:
             queue = self._queues[kind] = deque()
-        queue.append((self._arrivals, row))
+        queue.append((self._arrivals, since, row))
 
     def next(self) -> Batch[R] | None:
         """The rows of the next tick, taken from the queue whose first row has waited longest."""
@@ -107,13 +109,14 @@ class Scheduler(Generic[R]):
             return None
         draws, steps = min(waiting)[1]
         queue = self._queues[draws, steps]
-        rows = [queue.popleft()[1]]
+        _, since, first = queue.popleft()
+        rows = [first]
         width = rows[0].width
-        while queue and width + queue[0][1].width <= self._max_batch:
-            rows.append(queue.popleft()[1])
+        while queue and width + queue[0][2].width <= self._max_batch:
+            rows.append(queue.popleft()[2])
             width += rows[-1].width
         self.waiting -= width
-        return Batch(rows, min(steps, self.pace.most(draws, width)), draws, width)
+        return Batch(rows, min(steps, self.pace.most(draws, width)), draws, width, since)
 
 
 def _power_of_two(steps: int) -> int:

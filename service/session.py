@@ -15,6 +15,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 import msgspec
 import structlog
 
+from service import tracing
 from service.engine import Engine
 from service.errors import Problem, invalid, not_ready
 from service.registry import Model, Registry
@@ -181,7 +182,7 @@ def _submit(engine: Engine, works: Sequence[Work]) -> None:
 class Feeding(Ending):
     """A feed that has begun; it keeps its session's turn until it has ended, whoever waits for it."""
 
-    __slots__ = ("_place", "at", "dropped", "entries", "inputs", "model", "shown", "then", "work")
+    __slots__ = ("_place", "at", "dropped", "entries", "inputs", "model", "shown", "then", "trace", "work")
 
     def __init__(self, model: Model, inputs: Inputs, place: Place, at: Head | NewSession, entries: Array) -> None:
         super().__init__()
@@ -194,6 +195,7 @@ class Feeding(Ending):
         self.dropped = False
         self.then: Callable[[], None] | None = None
         """called at the end, in place of one who waits"""
+        self.trace = tracing.current()
         self._place = place
 
     def __call__(self, event: Event) -> None:

@@ -71,6 +71,10 @@ class Settings(BaseSettings):
     max_tokens: int = Field(default=100_000, ge=1, description="greatest max_tokens of a generate")
     grace_s: float = Field(default=10.0, ge=0, le=3600, description="seconds to finish what runs at SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
+    log_format: Literal["logfmt", "json"] = Field(default="logfmt", description="how a line of the log is written")
+    otel_endpoint: str = Field(
+        default="off", pattern=r"^(off|https?://.+)$", description="where traces go, http://host:4318, or off"
+    )
 
 
 def load() -> Settings:

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from service import metrics
 from service.errors import ClientLeft, Problem
 from service.store.base import StoreError, problem_of
 
@@ -63,7 +64,8 @@ STATUS: dict[str, tuple[int, str]] = {
 
 
 def document(problem: Problem) -> dict[str, Any]:
-    """The problem as a JSON object."""
+    """The problem as a JSON object; it is told, so it is counted."""
+    metrics.REFUSALS.labels(problem.code).inc()
     status, title = STATUS[problem.code]
     return {
         "type": f"urn:recurra:problem:{problem.code}",

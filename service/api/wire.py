@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service import metrics
+from service import metrics, tracing
 from service.api import errors
 from service.api.auth import EVERYTHING
 from service.api.responses import JsonLine
@@ -143,7 +143,7 @@ class Wire(HttpToolsProtocol):
     def _plain_step(self) -> str | None:
         """The session's id, if a request may be a step that is answered here."""
         found = _STEPS.fullmatch(self.url)
-        if found is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+        if found is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1" or tracing.on:
             return None
         said = dict(self.headers)
         length = said.get(b"content-length", b"")

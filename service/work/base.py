@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import msgspec
 import numpy as np
 
-from service import state
+from service import state, tracing
 from service.bundle import Manifest
 from service.errors import Problem, not_ready
 from service.state import Array, Row
@@ -166,6 +166,7 @@ class Work:
         self.stop: Literal["suspend", "cancel"] | None = None
         """set from the event loop: nobody waits any more, or somebody wants an end"""
         self.halted = False
+        self.trace = tracing.current()
         self.row: Row = ()
         self.output: Output | None = None
         self.entries: Array = np.empty(0)
@@ -206,6 +207,11 @@ class Work:
     def keys(self) -> Sequence[Key]:
         """The sessions that it may change."""
         return ()
+
+    @property
+    def traces(self) -> Sequence[tracing.Trace]:
+        """The traces of the requests that it is for."""
+        return (self.trace,) if self.trace is not None else ()
 
     def begin(self, host: Host) -> None:
         """Take the state to start from; raises Problem when the work can not be done."""

@@ -6,7 +6,7 @@ from typing import Protocol, cast
 import msgspec
 import numpy as np
 
-from service import state
+from service import state, tracing
 from service.errors import Problem, not_ready
 from service.state import Array, Row
 from service.store.base import Applied, Commit, Head, Key, Result, Segment
@@ -26,6 +26,7 @@ class Asked(Protocol):
     """what it is part of at the moment"""
     dropped: bool
     """set from the event loop: nobody waits for it any more"""
+    trace: tracing.Trace | None
 
     def __call__(self, event: Event) -> None:
         """Take the event, on the event loop."""
@@ -59,6 +60,11 @@ class Feeds(Work):
         return [one.at.key for one in self.asked]
 
     @property
+    def traces(self) -> Sequence[tracing.Trace]:
+        """Theirs."""
+        return [one.trace for one in self.asked if one.trace is not None]
+
+    @property
     def remaining(self) -> int:
         """One step, until it is taken."""
         return 0 if self._outputs or not self._bases else 1
@@ -86,8 +92,9 @@ class Feeds(Work):
         return None if due or len(base.tail) else base
 
     def _stray(self, one: Asked) -> None:
-        one.work = Feed(one, one.at, one.entries, last_only=True)
-        self.strays.append(one.work)
+        one.work = stray = Feed(one, one.at, one.entries, last_only=True)
+        stray.trace = one.trace
+        self.strays.append(stray)
 
     def block(self, steps: int) -> Array:
         """The entries, [1, width, ...]."""

@@ -315,7 +315,7 @@ def test_keys_outlast_eviction(fresh: MakeServer) -> None:
         same(answer, steps(one, session, "abc", "key", model=MODEL))
         same(large[session], steps(one, session, **LARGE, key="large"))
         same(written[session], one.post(f"/v1/sessions/{session}/generate", {**WRITE, "logprobs": 1}, "write"))
-    assert one.metric("recurra_session_parks_total") > 3
+    assert one.metric("recurra_sessions_evicted_total", reason="parked") > 3
 
 
 def test_keys_are_forgotten_after_their_time(fresh: MakeServer, name: str) -> None:

@@ -680,16 +680,16 @@ def test_a_parked_session_wakes_with_few_steps(models: Path, fresh: MakeServer) 
     inputs = {f"s{i}": inputs_of(models, MODEL, 33 + 28 * i, i) for i in range(7)}
     for session, given in inputs.items():
         feed(one, session, given, chunk=5)
-    assert one.metric("recurra_session_parks_total", model=MODEL) >= 5
+    assert one.metric("recurra_sessions_evicted_total", model=MODEL, reason="parked") >= 5
     one.steps("other", "a", model=MODEL)
     one.steps("other-2", "a", model=MODEL)
     woken, folded = (
-        one.metric("recurra_session_wakes_total", model=MODEL),
+        one.metric("recurra_wake_seconds_count", model=MODEL),
         one.metric("recurra_steps_total", model=MODEL),
     )
     for session in inputs:
         assert one.steps(session, "a")["position"] == len(inputs[session]) + 1
-    assert one.metric("recurra_session_wakes_total", model=MODEL) - woken == 7
+    assert one.metric("recurra_wake_seconds_count", model=MODEL) - woken == 7
     assert one.metric("recurra_steps_total", model=MODEL) - folded <= 7 * (32 + 5 + 1)
     one.restart()
     for session, given in inputs.items():
