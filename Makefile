@@ -71,7 +71,7 @@ $(SERVING): pyproject.toml constraints.txt
 	@$(INSTALL) -e .
 	@touch $@
 
-$(COMPLETE): $(SERVING)
+$(COMPLETE): $(SERVING) client/pyproject.toml
 	@echo 'installing what training and the tests need'
-	@$(INSTALL) -e '.[training,redis,otel,dev]'
+	@$(INSTALL) -e '.[training,redis,otel,dev]' -e ./client
 	@touch $@

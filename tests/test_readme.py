@@ -208,7 +208,11 @@ def test_every_path_of_the_tree_is_there_and_described() -> None:
 
 
 def test_every_module_is_in_the_tree() -> None:
-    modules = [path for side in ("service", "training", "benchmarks") for path in (ROOT / side).rglob("*.py")]
+    modules = [
+        path
+        for side in ("service", "training", "benchmarks", "client", "examples")
+        for path in (ROOT / side).rglob("*.py")
+    ]
     names = {path.relative_to(ROOT).as_posix() for path in modules if path.name != "__init__.py"}
     assert names | {"cli.py"} == {path for path in tree() if path.endswith(".py")}
 
