@@ -219,7 +219,7 @@ class Engine:
             head = damaged.head
             self._try(work, lambda: work.end(self._explained(head)))
         except Exception:
-            log.exception("work_failed", model=self.manifest.name)
+            log.exception("work_failed", model=self.manifest.name, sessions=[key[1] for key in work.keys[:8]])
             work.end(Failed(Problem("internal", "the service failed on this request; nothing was changed")))
         return None
 

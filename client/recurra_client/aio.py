@@ -171,7 +171,7 @@ class AsyncClient:
                             for token in following.tokens(events.feed(part)):
                                 attempts.succeed()
                                 yield token
-                        pause = attempts.lost(None) if following.done is None else 0.0
+                        pause = following.ended(attempts)
                     elif response.status_code == 204:
                         raise following.lost()
                     else:

@@ -8,6 +8,7 @@ from typing import Any
 from recurra_client.calls import given, new_key, of_session
 from recurra_client.errors import RecurraError
 from recurra_client.results import Done, Token
+from recurra_client.retry import Attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Following:
         self._key = self._body.pop("key", None) or new_key()
         self._last_id: str | None = None
         self._position: int | None = None
+        self._failure: RecurraError | None = None
         self.done: Done | None = None
 
     def request(self) -> tuple[str, str, dict[str, str], dict[str, Any] | None]:
@@ -70,7 +72,7 @@ class Following:
         return "GET", of_session(self._session, "/events"), headers, None
 
     def tokens(self, events: Iterable[Event]) -> Iterator[Token]:
-        """The tokens of events that have not come before; raises RecurraError when one is an error."""
+        """The tokens of events that have not come before; raises RecurraError when some are missing."""
         for event in events:
             token = self._take(event)
             if token is not None:
@@ -79,7 +81,7 @@ class Following:
     def _take(self, event: Event) -> Token | None:
         data = json.loads(event.data)
         if event.name == "error":
-            raise RecurraError.of(data)
+            self._failure = RecurraError.of(data)
         if event.name == "done":
             self.done = Done.of(data)
         if event.name != "token":
@@ -91,6 +93,13 @@ class Following:
             raise self.lost()
         self._position, self._last_id = token.position, event.id
         return token
+
+    def ended(self, attempts: Attempts) -> float:
+        """An answer has ended; gives the pause in s before the next one is asked for, or raises RecurraError."""
+        failure, self._failure = self._failure, None
+        if self.done is not None:
+            return 0.0
+        return attempts.refused_with(failure) if failure is not None else attempts.lost(None)
 
     def lost(self) -> RecurraError:
         """What is raised when the rest can not be had: somebody else has moved the session on."""

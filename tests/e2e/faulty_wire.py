@@ -14,9 +14,9 @@ STEP = 65536
 class Fate:
     """What becomes of one connection; when the fates are used up, connections are passed on whole."""
 
-    kind: Literal["refuse", "cut_request", "lose_answer", "cut_answer", "busy"]
+    kind: Literal["refuse", "cut_request", "lose_answer", "cut_answer", "busy", "error_event"]
     amount: int = 0
-    """bytes that pass before the cut; the status of `busy`"""
+    """bytes that pass before the cut; the status of `busy` and `error_event`"""
     retry_after: str = "0"
 
 
@@ -50,7 +50,7 @@ class FaultyWire:
         with client, suppress(OSError):
             if fate is not None and fate.kind == "refuse":
                 return
-            if fate is not None and fate.kind == "busy":
+            if fate is not None and fate.kind in ("busy", "error_event"):
                 self._refuse(client, fate)
                 return
             with socket.create_connection(("127.0.0.1", self._upstream)) as server:
@@ -67,9 +67,13 @@ class FaultyWire:
             request += client.recv(STEP)
         self.asked.append(request)
         body = b'{"code":"overloaded","detail":"try again"}'
+        status, kind = fate.amount, "application/problem+json"
+        if fate.kind == "error_event":
+            body = b'event: error\ndata: {"code":"overloaded","detail":"later","status":%d}\n\n' % status
+            status, kind = 200, "text/event-stream"
         client.sendall(
-            b"HTTP/1.1 %d Busy\r\nRetry-After: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
-            % (fate.amount, fate.retry_after.encode(), len(body), body)
+            b"HTTP/1.1 %d Said\r\nRetry-After: %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
+            b"Connection: close\r\n\r\n%s" % (status, fate.retry_after.encode(), kind.encode(), len(body), body)
         )
         client.shutdown(socket.SHUT_WR)
         while client.recv(STEP):  # or what is still on its way would reset the connection

@@ -395,6 +395,24 @@ def test_a_stream_of_many_pieces_is_whole(kind: str, server: Server, wire: Fault
     assert server.position(name) == 3001
 
 
+@pytest.mark.parametrize("status", [503, 500])
+def test_an_error_within_a_stream_is_raised_unless_it_passes(
+    status: int, kind: str, server: Server, wire: FaultyWire, name: str
+) -> None:
+    wire.fates.extend([Fate("error_event", status), Fate("cut_answer", 3000), Fate("error_event", status)])
+
+    async def work(client: Any) -> list[int]:  # noqa: ANN401
+        return await tokens_of(client.session(name, model=LETTERS).generate("e", stream=True, **LONG))
+
+    if status == 503:
+        whole = server.generate(f"{name}-whole", model=LETTERS, inputs="e", **LONG)
+        assert using(kind, wire.url, work) == whole["tokens"] and not wire.fates
+    else:
+        with pytest.raises(RecurraError) as found:
+            using(kind, wire.url, work)
+        assert (found.value.code, found.value.status) == ("overloaded", 500)
+
+
 def test_another_that_moves_the_session_ends_the_stream_with_an_error_or_as_cancelled(
     kind: str, server: Server, name: str
 ) -> None:
