@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from live import Server
+from live import MakeServer, Server
 from prometheus_client.parser import text_string_to_metric_families
 from test_health import faulty_values
 from tiny import copied, with_graph
@@ -173,6 +173,17 @@ def test_the_gauges_tell_what_is(watched: Server, name: str) -> None:
     assert watched.metric("recurra_queued_steps", **labels) == 0
     with httpx.Client(base_url=watched.url, verify=False) as other:
         assert any(queued_beside_a_stream(watched, f"{name}-{i}", other) for i in range(20))
+
+
+def test_a_version_that_is_let_go_leaves_no_gauges(models: Path, tmp_path: Path, fresh: MakeServer) -> None:
+    for version in ("1", "2"):
+        copied(models / "tiny-tags" / version, tmp_path / "models" / "tiny-tags" / version)
+    one = fresh(models=tmp_path / "models", store="memory").start()
+    shutil.rmtree(tmp_path / "models" / "tiny-tags" / "1")
+    assert one.ok(one.http.post("/v1/models/reload"))["unloaded"] == ["tiny-tags/1"]
+    families = text_string_to_metric_families(one.http.get("/metrics").text)
+    gauges = [s for family in families if family.type == "gauge" for s in family.samples if "version" in s.labels]
+    assert gauges and {sample.labels["version"] for sample in gauges} == {"2"}
 
 
 def queued_beside_a_stream(server: Server, session: str, other: httpx.Client) -> bool:
