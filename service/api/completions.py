@@ -384,6 +384,7 @@ class CompletionStream(Stream):
                 group.create_task(self._follow(source, send))
         if self._failed is not None:
             problem = errors.problem_from(self._failed)
+            errors.count(problem)
             await self.send_part(send, _block({"error": errors.openai_error(problem)}))
             return
         if self._usage:

@@ -63,9 +63,14 @@ STATUS: dict[str, tuple[int, str]] = {
 }
 
 
+def count(problem: Problem) -> None:
+    """Count a problem that a client is told of, in whatever form."""
+    metrics.REFUSALS.labels(problem.code).inc()
+
+
 def document(problem: Problem) -> dict[str, Any]:
     """The problem as a JSON object; it is told, so it is counted."""
-    metrics.REFUSALS.labels(problem.code).inc()
+    count(problem)
     status, title = STATUS[problem.code]
     return {
         "type": f"urn:recurra:problem:{problem.code}",
