@@ -53,17 +53,6 @@ NUMERIC_FAULTS = Counter(
     registry=REGISTRY,
 )
 
-
-def answered(method: str, status: int) -> None:
-    """Count an answer; a method that is none of HTTP's own makes no label of its own."""
-    REQUESTS.labels(method if method in _METHODS else "other", str(status)).inc()
-
-
-def forget(model: str, version: str) -> None:
-    """Drop the gauges of a model version that is not served any more; they would keep what they look at alive."""
-    for gauge in (MAX_BATCH_ROWS, QUEUED_STEPS, ACTIVE):
-        gauge.remove(model, version)
-
 TENANT_REQUESTS = Counter(
     "recurra_tenant_requests", "HTTP requests by tenant and status", ("tenant", "status"), registry=REGISTRY
 )
@@ -74,6 +63,17 @@ TENANT_REFUSALS = Counter(
 CUT = Counter(
     "recurra_connections_cut", "Connections cut off: slow, too large, too many", ("reason",), registry=REGISTRY
 )
+
+
+def answered(method: str, status: int) -> None:
+    """Count an answer; a method that is none of HTTP's own makes no label of its own."""
+    REQUESTS.labels(method if method in _METHODS else "other", str(status)).inc()
+
+
+def forget(model: str, version: str) -> None:
+    """Drop the gauges of a model version that is not served any more; they would keep what they look at alive."""
+    for gauge in (MAX_BATCH_ROWS, QUEUED_STEPS, ACTIVE):
+        gauge.remove(model, version)
 
 
 def render() -> bytes:

@@ -143,7 +143,12 @@ class Wire(HttpToolsProtocol):
     def _plain_step(self) -> str | None:
         """The session's id, if a request may be a step that is answered here."""
         found = _STEPS.fullmatch(self.url)
-        if found is None or self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1" or tracing.on:
+        if (
+            found is None
+            or self.parser.get_method() != b"POST"
+            or self.parser.get_http_version() != "1.1"
+            or tracing.on
+        ):
             return None
         said = dict(self.headers)
         length = said.get(b"content-length", b"")

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from keyed import As, KeysFile
 from live import MakeServer, Server
 from prometheus_client.parser import text_string_to_metric_families
 from test_health import faulty_values
@@ -175,6 +176,19 @@ def test_the_gauges_tell_what_is(watched: Server, name: str) -> None:
         assert any(queued_beside_a_stream(watched, f"{name}-{i}", other) for i in range(20))
 
 
+def test_what_a_tenants_limit_refuses_is_counted(models: Path, tmp_path: Path, fresh: MakeServer) -> None:
+    keys = KeysFile(tmp_path / "keys.toml")
+    key = keys.add("acme", "admin")
+    keys.limit("acme", "sessions = 1")
+    one = fresh(api_keys_file=keys.path, store="memory").start()
+    with As(one, key) as acme:
+        acme.steps("a", "a", model=LETTERS)
+        assert acme.post("/v1/sessions/b/steps", BODY).status_code == 429
+        assert acme.metric("recurra_tenant_refusals_total", tenant="acme", limit="sessions") == 1
+        assert acme.metric("recurra_tenant_requests_total", tenant="acme", status="429") == 1
+        assert acme.metric("recurra_tenant_steps_total", tenant="acme") >= 1
+
+
 def test_a_version_that_is_let_go_leaves_no_gauges(models: Path, tmp_path: Path, fresh: MakeServer) -> None:
     for version in ("1", "2"):
         copied(models / "tiny-tags" / version, tmp_path / "models" / "tiny-tags" / version)
@@ -240,6 +254,6 @@ def end_of_restart(server: Server) -> None:
 
 
 def test_every_metric_is_moved_by_a_test() -> None:
-    source = Path(__file__).read_text(encoding="utf-8")
-    named = source.split("each is moved")[1]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py")}
+    named = sources.pop(Path(__file__).name).split("each is moved")[1] + "".join(sources.values())
     assert [name for name in offered() if f'"{name}' not in named] == []
