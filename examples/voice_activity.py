@@ -3,12 +3,12 @@
 The model is not shipped; it comes with the package `silero-vad`, is MIT-licensed, and is added once:
 
     pip install --no-deps silero-vad
-    recurra add .venv/lib/python3*/site-packages/silero_vad/data/silero_vad_16k_op15.onnx --name silero-vad
+    recurra add .venv/lib/python3*/site-packages/silero_vad/data/silero_vad.onnx --name silero-vad \\
+      --set constants.sr=16000 --set sizes.input.1=512 --set context.input=64
     curl -X POST http://127.0.0.1:8000/v1/models/reload
 
-It is a raw model: a step is 512 samples (32 ms at 16 kHz, between -1 and 1) in the input `input`, and the answer's
-first number is the probability of speech. Where it was added with longer inputs, `--context 64` puts that many samples
-of the chunk before in front of each, as its authors do.
+It is a raw model: a step is 512 samples (32 ms at 16 kHz, between -1 and 1), and the answer is the probability of
+speech.
 
     python examples/voice_activity.py recording.wav       # 16 kHz, mono, 16 bit
     python examples/voice_activity.py                      # the microphone: pip install sounddevice
@@ -61,14 +61,6 @@ def samples(frames: bytes) -> list[float]:
     return [one / 32768 for one in whole] + [0.0] * (CHUNK - len(whole))
 
 
-def with_context(chunks: Iterable[list[float]], context: int) -> Iterator[list[float]]:
-    """Each chunk with the end of the one before in front."""
-    before = [0.0] * context
-    for chunk in chunks:
-        yield before + chunk
-        before = chunk[len(chunk) - context :]
-
-
 def probabilities(session: Session, chunks: Iterator[list[float]], together: int) -> Iterator[float]:
     """The probability of speech in each chunk; the network remembers those before."""
     while part := list(islice(chunks, together)):
@@ -105,14 +97,13 @@ def main() -> None:
     options.add_argument("wav", nargs="?", help="a recording; without one the microphone is listened to")
     options.add_argument("--url", default="http://127.0.0.1:8000")
     options.add_argument("--model", default="silero-vad")
-    options.add_argument("--context", type=int, default=0)
     chosen = options.parse_args()
 
     chunks = recording(chosen.wav) if chosen.wav else microphone()
     together = TOGETHER if chosen.wav else 1
     with Client(chosen.url) as client, client.session(model=chosen.model) as ear:
         try:
-            for begin, end in speech(probabilities(ear, with_context(chunks, chosen.context), together)):
+            for begin, end in speech(probabilities(ear, chunks, together)):
                 print(f"{begin:8.2f} s to {end:8.2f} s", flush=True)
         except KeyboardInterrupt:
             pass

@@ -1,5 +1,6 @@
 """The examples, run as their readers run them: as scripts, against a running service."""
 
+import importlib.util
 import json
 import math
 import os
@@ -12,12 +13,11 @@ import wave
 from array import array
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live import ROOT, Server
+from live import ROOT, MakeServer, Server
 
 RATE = 16_000
 TOKENS = 10_000
@@ -176,23 +176,54 @@ def record(path: Path, *stretches: tuple[float, float], rate: int = RATE) -> Pat
     return path
 
 
-@pytest.mark.parametrize("context", [0, 64])
-def test_speech_is_found_in_a_recording(context: int, ear: Ear, tmp_path: Path) -> None:
+def test_speech_is_found_in_a_recording(ear: Ear, tmp_path: Path) -> None:
     path = record(tmp_path / "a.wav", (1.024, 0), (2.048, 1), (1.024, 0), (0.3, 1), (0.01, 0))
-    told = run("voice_activity.py", path, "--url", ear.url, "--context", context).stdout
+    told = run("voice_activity.py", path, "--url", ear.url).stdout
     found = [tuple(map(float, re.findall(r"\d+\.\d+", line))) for line in told.splitlines()]
     assert [begin for begin, _ in found] == pytest.approx([1.02, 4.1], abs=0.04)
     assert [end for _, end in found] == pytest.approx([3.07, 4.4], abs=0.04)
     chunks = [chunk for body in ear.bodies for chunk in body["inputs"]["input"]]
-    assert {len(chunk) for chunk in chunks} == {512 + context} and len(chunks) == math.ceil(4.406 * RATE / 512)
+    assert {len(chunk) for chunk in chunks} == {512} and len(chunks) == math.ceil(4.406 * RATE / 512)
     assert all(abs(one) <= 1 for chunk in chunks for one in chunk)
     assert {(body["model"], body["predictions"]) for body in ear.bodies} == {("silero-vad", "all")}
     assert len(ear.bodies) < len(chunks) / 20 and ear.deleted == 1
-    if context:
-        assert all(then[:64] == one[-64:] for one, then in pairwise(chunks))
 
 
 def test_a_recording_of_another_kind_is_refused_with_the_way_out(ear: Ear, tmp_path: Path) -> None:
     path = record(tmp_path / "a.wav", (0.1, 1), rate=8000)
     assert "ffmpeg" in run("voice_activity.py", path, "--url", ear.url, code=1).stderr
     assert "sounddevice" in run("voice_activity.py", "--url", ear.url, code=1).stderr
+
+
+@pytest.mark.slow
+def test_silero_hears_with_the_memory_of_a_session(fresh: MakeServer, tmp_path: Path) -> None:
+    """What the script is told of every chunk is what the graph says in this process, chunk after chunk."""
+    np, onnxruntime = pytest.importorskip("numpy"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    found = importlib.util.find_spec("silero_vad")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package silero-vad is not installed")
+    graph = Path(found.submodule_search_locations[0]) / "data" / "silero_vad.onnx"
+    models = tmp_path / "models"
+    models.mkdir()
+    answers = ["--set", "constants.sr=16000", "--set", "sizes.input.1=512", "--set", "context.input=64"]
+    added = [sys.executable, "-m", "cli", "add", str(graph), "--name", "silero-vad", "--models", str(models), *answers]
+    done = subprocess.run(added, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = fresh(models=models, store="memory").start()
+    path = record(tmp_path / "a.wav", (0.5, 0), (1.0, 0.8), (0.5, 0.01))
+    run("voice_activity.py", path, "--url", one.url)
+
+    network, state, before = onnxruntime.InferenceSession(str(graph)), np.zeros((2, 1, 128), "f4"), np.zeros(64, "f4")
+    with wave.open(str(path), "rb") as file:
+        samples = np.frombuffer(file.readframes(10**6), "<i2").astype("f4") / 32768
+    chunks = np.append(samples, np.zeros(-len(samples) % 512, "f4")).astype("f4").reshape(-1, 512)
+    expected = []
+    for chunk in chunks:
+        given = np.concatenate([before, chunk])[None]
+        out, state = network.run(None, {"input": given, "state": state, "sr": np.array(16000)})
+        expected.append(float(out[0, 0]))
+        before = chunk[-64:]
+    answer = one.steps("ear", {"input": chunks.tolist()}, model="silero-vad", predictions="all")
+    heard = [float(np.ravel(prediction["outputs"]["output"])[0]) for prediction in answer["predictions"]]
+    assert heard == pytest.approx(expected, abs=1e-5)
