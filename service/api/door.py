@@ -112,5 +112,12 @@ def with_cors(app: ASGIApp, origins: str) -> ASGIApp:
         allow_origins=origins.split(","),
         allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
         allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-        expose_headers=["Location", "Idempotent-Replayed", "Retry-After", "RateLimit", "RateLimit-Policy"],
+        expose_headers=[
+            "Location",
+            "Idempotent-Replayed",
+            "Retry-After",
+            "RateLimit",
+            "RateLimit-Policy",
+            "X-Request-ID",
+        ],
     )
