@@ -250,6 +250,11 @@ def test_steps_are_limited_and_the_headers_say_so(keys: KeysFile, enter: Callabl
     assert left == "0" and wait_s >= int(reset_s) >= 1
     problem(one.post("/v1/sessions/s/generate", {"max_tokens": 1}), 429, "rate_limited")
     problem(one.post("/v1/models/tiny-letters/predict", {"sequences": ["a"]}), 429, "rate_limited")
+    for parameters in ({}, {"sequence_id": 1, "sequence_start": True}):
+        said = one.http.get("/v2/models/tiny-letters").json()["inputs"][0]
+        tensor = {"name": said["name"], "shape": [1, 1], "datatype": said["datatype"], "data": [1]}
+        infer = one.post("/v2/models/tiny-letters/infer", {"inputs": [tensor], "parameters": parameters})
+        assert infer.status_code == 503 and infer.json()["code"] == "rate_limited", infer.text
     time.sleep(wait_s)
     assert one.steps("s", "a")["position"] == 50
 

@@ -9,7 +9,7 @@ from service.api.oip.exchange import beside
 from service.api.oip.formats import InferBody, described
 from service.api.oip.models import model_of, of_a_model
 from service.api.oip.tensors import LENGTH_HEADER, inflated, read
-from service.api.requests import header, read_bytes, sessions_of, while_connected
+from service.api.requests import header, read_bytes, sessions_of, visit_of, while_connected
 from service.registry import Model
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -83,5 +83,5 @@ async def _infer(request: Request, model: Model, version: int | None) -> Respons
     asked = await beside(len(data), read, data, header(request, LENGTH_HEADER.lower().encode()))
     step = sequences.step_of(asked.parameters)
     if step is None:
-        return await while_connected(request, stateless.infer(sessions_of(request), model, asked))
+        return await while_connected(request, stateless.infer(sessions_of(request), visit_of(request), model, asked))
     return await while_connected(request, sequences.infer(request, model, version, asked, step, data))

@@ -14,7 +14,7 @@ from fastapi import Request, Response
 
 from service.api.oip.exchange import answer, arrays_in, bound, inputs_of, outputs_of, states_of, steps_in
 from service.api.oip.tensors import Asked, check_outputs, raw_of
-from service.api.requests import SESSION_ID, history_of, key_of, replayed, sessions_of
+from service.api.requests import SESSION_ID, history_of, key_of, replayed, sessions_of, visit_of
 from service.bundle import DTYPES
 from service.errors import Problem, invalid
 from service.registry import Model
@@ -138,6 +138,7 @@ class Sequence:
         self._over = 0
         self._raw = self._outputs_of(arrays)
         self._array = self._steps(arrays)
+        visit_of(request).take(len(self._array))
 
     def _keyed_of(self, data: bytes) -> Keyed | None:
         """The request's id as an idempotency key."""

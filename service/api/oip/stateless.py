@@ -3,6 +3,7 @@
 import numpy as np
 from fastapi import Response
 
+from service.api.limits import Visit
 from service.api.oip.exchange import answer, arrays_in, bound, inputs_of, outputs_of, states_of, steps_in
 from service.api.oip.tensors import Asked, check_outputs, raw_of
 from service.bundle import DTYPES
@@ -13,7 +14,7 @@ from service.state import Row
 from service.tasks import Output
 
 
-async def infer(sessions: Sessions, model: Model, asked: Asked) -> Response:
+async def infer(sessions: Sessions, visit: Visit, model: Model, asked: Asked) -> Response:
     """Whole sequences, each from the initial state or from the one that is given."""
     manifest = model.bundle.manifest
     outputs = outputs_of(manifest)
@@ -29,6 +30,7 @@ async def infer(sessions: Sessions, model: Model, asked: Asked) -> Response:
     if batch > model.engine.max_batch:
         raise invalid(f"at most {model.engine.max_batch} sequences a request (RECURRA_MAX_BATCH)", "/inputs/0/shape/0")
     bound(model, array.shape[0] * array.shape[1])
+    visit.take(array.shape[0] * array.shape[1])
     for spec in given:
         state = arrays[spec.name]
         if len(state) != batch:
