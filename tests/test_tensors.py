@@ -40,8 +40,9 @@ def test_anything_is_an_entry_or_a_refusal(inputs: Any, dtype: str, shape: tuple
             assert problem.code == "invalid_input"
             continue
         assert (entries.dtype, entries.shape[1:]) == (tensors.entry_dtype, tensors.entry_shape)
-        again = tensors.encode(tensors.decode(entries), "/inputs")
-        assert again.tobytes() == entries.tobytes()
+        if len(entries):  # of no steps the names are not known any more; the codec refuses them
+            again = tensors.encode(tensors.decode(entries), "/inputs")
+            assert again.tobytes() == entries.tobytes()
 
 
 @given(data=st.data(), dtype=st.sampled_from(["float16", "float32", "float64", "int8", "uint8", "int64", "bool"]))

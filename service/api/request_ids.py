@@ -58,5 +58,6 @@ class Identified:
         await self._send(message)
 
     def _tell(self, status: int) -> None:
-        tell = log.warning if status >= 500 else log.debug
+        # 501 says what never was here: whoever asks for it again and again must not fill the log.
+        tell = log.warning if status >= 500 and status != 501 else log.debug
         tell("answered", method=self._scope["method"], path=self._scope["path"], status=status)

@@ -90,8 +90,9 @@ def ask(server: Server, method: str, path: str, body: object) -> httpx.Response:
 
 
 def bare(answer: httpx.Response, session: str) -> tuple[int, list[tuple[str, str]], bytes]:
-    """What an answer says, its date and the session's own name left out."""
-    headers = [(name, value.replace(session, "*")) for name, value in answer.headers.items() if name != "date"]
+    """What an answer says; its date, its random id and the session's own name left out."""
+    said = [(name, value) for name, value in answer.headers.items() if name not in ("date", "x-request-id")]
+    headers = [(name, value.replace(session, "*")) for name, value in said]
     return answer.status_code, headers, answer.content.replace(session.encode(), b"*")
 
 

@@ -416,7 +416,8 @@ def test_large_messages(server: Server, name: str, opened: Open) -> None:
     with pytest.raises(ConnectionClosed) as raised:
         client.socket.send("" for _ in range(100 * MAX_FRAGMENTS))
         client.receive()
-    assert raised.value.rcvd is not None and raised.value.rcvd.code == 1009
+    # What was still being sent meets a closed connection, and the reset may overtake the reason.
+    assert raised.value.rcvd is None or raised.value.rcvd.code == 1009
     assert server.position(name) == 90_000
 
 
