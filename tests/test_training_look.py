@@ -26,7 +26,7 @@ from training.model import ModelConfig, RecurrentModel, state_names
 from training.tasks import TASKS
 
 SMALL = ["--set", "model.hidden=8", "--set", "model.embedding=4", "--set", "train.max_steps=6", "--quiet"]
-SMALL += ["--set", "train.evaluate_steps=3", "--set", "train.precision=fp32"]
+SMALL += ["--set", "train.evaluate_steps=3"]
 ALWAYS = {"learning-curve.png", "gradient-by-lag.png", "memory.png"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from training.evaluate import forecasts
@@ -30,8 +29,10 @@ def view(seen: Seen) -> View:
             title = f"{name} {corpus.features[corpus.targets[k]].unit}"
             if quantiles:
                 low, high = outputs["quantiles"][:, 0, k], outputs["quantiles"][:, -1, k]
-                covered[name] = coverage(sequence.targets[:, k], low, high, sequence.weights[:, k] > 0)
-                title += f"; the {quantiles[-1] - quantiles[0]:.0%} interval covers {covered[name]:.0%}"
+                scored = sequence.weights[:, k] > 0
+                if bool(scored.any()):
+                    covered[name] = coverage(sequence.targets[:, k], low, high, scored)
+                    title += f"; the {quantiles[-1] - quantiles[0]:.0%} interval covers {covered[name]:.0%}"
                 fan = (low[-SHOWN:].numpy(), high[-SHOWN:].numpy())
                 ax.fill_between(steps, *fan, alpha=0.3, label="lowest to highest quantile")
             ax.plot(steps, outputs["mean"][-SHOWN:, k].numpy(), label="one step ahead")
@@ -42,10 +43,10 @@ def view(seen: Seen) -> View:
     axes[0].legend(fontsize="small")
     pictures.save(figure, seen.plot("forecasts"))
     said = ", ".join(f"{name} {share:.0%}" for name, share in covered.items())
-    return View(f"covered: {said}" if covered else "no quantiles, means alone", {"covered": covered})
+    return View(f"covered: {said}" if covered else "means alone", {"covered": covered})
 
 
 def coverage(actual: Tensor, low: Tensor, high: Tensor, scored: Tensor) -> float:
     """The share of the scored values that lie between."""
     inside = (actual >= low) & (actual <= high)
-    return float(inside[scored].float().mean()) if bool(scored.any()) else float(torch.nan)
+    return float(inside[scored].float().mean())

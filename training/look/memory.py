@@ -19,7 +19,7 @@ MIB = 2**20
 def view(seen: Seen) -> View:
     """Bytes by T at the run's own batch; the chunk that the run learnt from is marked."""
     train = recipe_from(seen.meta["recipe"]).train
-    kept = {steps: training_bytes(seen, steps, train.batch) for steps in LENGTHS}
+    kept = {steps: training_bytes(seen, steps, train.batch, train.precision) for steps in LENGTHS}
     each = (kept[LENGTHS[-1]] - kept[LENGTHS[0]]) / (LENGTHS[-1] - LENGTHS[0])
     figure, (axes,) = pictures.panels(1)
     pictures.lines(
@@ -39,7 +39,7 @@ def view(seen: Seen) -> View:
     )
 
 
-def training_bytes(seen: Seen, steps: int, rows: int) -> int:
+def training_bytes(seen: Seen, steps: int, rows: int, precision: str) -> int:
     """What one forward pass over `steps` of so many rows keeps, the loss included."""
     batch = lags.windows(seen.corpus.train, min(steps, longest(seen)), rows)
     repeats = -(-steps // len(batch.inputs))
@@ -50,7 +50,8 @@ def training_bytes(seen: Seen, steps: int, rows: int) -> int:
     whole = type(batch)(inputs, targets, weights, fresh=batch.fresh, spans=batch.spans)
 
     def forward() -> Tensor:
-        outputs, _ = seen.model(whole.inputs, seen.model.initial_state(rows))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            outputs, _ = seen.model(whole.inputs, seen.model.initial_state(rows))
         return seen.task.losses(seen.model, outputs, whole)[0]
 
     seen.model.train()
