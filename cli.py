@@ -67,6 +67,18 @@ def sample(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASSED_ON)
+def look(context: typer.Context) -> None:
+    """Draw how a run learnt, what its memory does and what it says."""
+    hand_over("look", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def lecture(context: typer.Context) -> None:
+    """Show each claim about recurrent networks as a small experiment."""
+    hand_over("lecture", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
 def export(context: typer.Context) -> None:
     """Publish a run's best model as a checked bundle."""
     hand_over("export", context.args)

@@ -1,4 +1,4 @@
-"""`python -m training train|evaluate|sample|export`, also mounted as `recurra train|...`."""
+"""`python -m training train|evaluate|sample|look|lecture|export`, also mounted as `recurra train|...`."""
 
 from __future__ import annotations
 
@@ -219,6 +219,66 @@ def show_memory(metrics: dict[str, dict[str, float]]) -> None:
         typer.echo(f"memory {memory}: {shown}", err=True)
     if len({str(figures) for figures in metrics.values()}) == 1:
         typer.echo("all alike: are the sequences longer than the window?", err=True)
+
+
+@app.command()
+def look(
+    run: RunFolder,
+    text: Annotated[str, typer.Option(help="Text models: what the gates are shown over.")] = "",
+    cache: Cache = CACHE,
+    threads: Annotated[int, typer.Option()] = 1,
+) -> None:
+    """Pictures of a run in its plots/: how it learnt, what its memory does, what it says; the last line is JSON."""
+    from training.look.views import look as views
+
+    torch.set_num_threads(threads)
+    figures = {}
+    with plain_errors():
+        for name, view in views(run, cache, text):
+            figures[name] = view.figures
+            typer.echo(view.text)
+    typer.echo(json.dumps(figures, ensure_ascii=False))
+
+
+@app.command()
+def lecture(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: minutes, not the figures of the page.")] = False,
+    long: Annotated[bool, typer.Option("--long", help="The adding problem up to T = 600: hours.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="An experiment; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where figures go (docs/plots; none with --quick).")] = None,
+    seed: Annotated[int, typer.Option()] = 1,
+    models: Annotated[Path, typer.Option(help="The folder of the shipped models.")] = Path("models"),
+    cache: Cache = CACHE,
+    threads: Annotated[int, typer.Option()] = 1,
+) -> None:
+    """What is taught about recurrent networks, each claim as an experiment; the last line is JSON."""
+    from training.lecture.experiments import EXPERIMENTS, lecture
+    from training.lecture.finding import Setting
+
+    unknown = set(only or []) - EXPERIMENTS.keys()
+    if unknown:
+        fail(f"no experiment {min(unknown)!r}; there are {', '.join(EXPERIMENTS)}")
+    torch.set_num_threads(threads)
+    plots = out or (None if quick else Path("docs/plots"))
+    setting = Setting(quick=quick, long=long, seed=seed, models=models, cache=cache, plots=plots)
+    found = {}
+    with plain_errors():
+        for name, finding in lecture(setting, only or []):
+            found[name] = vars(finding)
+            show_finding(name, finding.claim, finding.holds, finding.figures, finding.notes)
+    typer.echo(json.dumps(found, ensure_ascii=False))
+
+
+def show_finding(name: str, claim: str, holds: bool, figures: dict[str, float], notes: list[str]) -> None:
+    """One experiment as a table."""
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False, markup=False)
+    console.print(f"{name}: {claim}. {'It holds.' if holds else 'It does not hold here.'}")
+    table = Table("", "", box=SIMPLE_HEAD, show_header=False)
+    for figure, value in figures.items():
+        table.add_row(figure, f"{value:,.4g}")
+    console.print(table)
+    for note in notes:
+        console.print(f"  {note}\n")
 
 
 @app.command()

@@ -41,7 +41,7 @@ from training.publish import ExportError, free_version, publish, without_paths
 from training.spec import Spec, read_spec
 
 GOLDEN_STEPS, GOLDEN_ROWS, GOLDEN_SEED, GOLDEN_TRIES = 16, 7, 7, 32
-MAX_PLOTS, MAX_PLOT_BYTES = 4, 512 * 1024
+MAX_PLOTS, MAX_PLOT_BYTES = 8, 512 * 1024
 PROVENANCE = ("command", "seed", "data", "weights", "steps", "epochs", "minutes", "recipe", "environment")
 
 Own = nn.Module | Mapping[str, Tensor] | Path
