@@ -133,6 +133,11 @@ class Engine:
         metrics.QUEUED_STEPS.labels(*labels).set_function(lambda: self._queued_steps)
         self._thread = threading.Thread(target=self._run, name=f"engine-{'-'.join(labels)}", daemon=True)
 
+    @property
+    def active(self) -> int:
+        """Sessions held in memory."""
+        return len(self._residents)
+
     def start(self) -> None:
         """Begin to tick."""
         self._thread.start()

@@ -3,6 +3,8 @@
 The engine observes once a tick, whatever the number of rows.
 """
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
@@ -36,6 +38,7 @@ RUN_SECONDS = Histogram("recurra_run_seconds", "Time in the graph a tick", _MODE
 COMMIT_SECONDS = Histogram("recurra_commit_seconds", "Time of a group commit", registry=REGISTRY, buckets=_SECONDS)
 COMMITS = Counter("recurra_commits", "Session commits by outcome", ("outcome",), registry=REGISTRY)
 ACTIVE = Gauge("recurra_sessions_active", "Sessions held in memory", _MODEL, registry=REGISTRY)
+PARKED = Gauge("recurra_sessions_parked", "Sessions that live in the store alone", _MODEL, registry=REGISTRY)
 EVICTED = Counter(
     "recurra_sessions_evicted", "Sessions that left memory, by reason", (*_MODEL, "reason"), registry=REGISTRY
 )
@@ -68,6 +71,13 @@ CUT = Counter(
 def answered(method: str, status: int) -> None:
     """Count an answer; a method that is none of HTTP's own makes no label of its own."""
     REQUESTS.labels(method if method in _METHODS else "other", str(status)).inc()
+
+
+def parked(counts: Mapping[tuple[str, str], int]) -> None:
+    """Show how many sessions of each (model, version) live in the store alone."""
+    PARKED.clear()
+    for of, count in counts.items():
+        PARKED.labels(*of).set(count)
 
 
 def forget(model: str, version: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 import msgspec
 import structlog
 
-from service import tracing
+from service import metrics, tracing
 from service.engine import Engine
 from service.errors import Problem, invalid, not_ready
 from service.registry import Model, Registry
@@ -43,6 +43,9 @@ SHOWN_TOGETHER = 4096
 
 MAX_WHOLE = 65_536
 """steps of a sequence that can not be cut into calls"""
+
+COUNT_EVERY_S = 5.0
+"""a count of a million sessions takes some 50 ms"""
 
 MANY = 1024
 """work on more items than this is done beside the event loop"""
@@ -284,6 +287,7 @@ class Sessions:
         self._runs: dict[Key, Run] = {}
         self._outbox = Outbox()
         self.draining = False
+        self._counted_at = -COUNT_EVERY_S
         self.may_begin: Callable[[str], None] = lambda _: None
         """raises Problem when the tenant of that name has as many sessions as it may have"""
 
@@ -614,6 +618,17 @@ class Sessions:
     async def sweep(self) -> None:
         """Expire and forget what is due, but nothing that has work under way."""
         await asyncio.to_thread(self.store.sweep, frozenset(self._turns))
+
+    async def count(self) -> None:
+        """Count the sessions that live in the store alone, for the metrics: at most every few seconds."""
+        now = asyncio.get_running_loop().time()
+        if now < self._counted_at + COUNT_EVERY_S:
+            return
+        self._counted_at = now
+        found = await asyncio.to_thread(self.store.census)
+        here = {(m.bundle.manifest.name, m.bundle.manifest.version): m.engine.active for m in self.registry}
+        left = {of: count - here.get(of, 0) for of, count in found.items()}
+        metrics.parked({(name, str(version)): max(0, count) for (name, version), count in left.items()})
 
     def suspend_all(self) -> None:
         """Refuse new work from now on, and suspend the generates that run."""

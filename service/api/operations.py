@@ -1,6 +1,7 @@
 """Routes for those who run the service: alive, ready, metrics."""
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,6 +11,7 @@ from service import metrics
 from service.api.errors import RETRY_AFTER_S
 from service.api.requests import visit_of
 from service.api.responses import JsonResponse, described
+from service.store.base import StoreError
 
 router = APIRouter(tags=["operations"])
 
@@ -69,6 +71,8 @@ async def unready(request: Request) -> dict[str, object]:
     response_class=PlainTextResponse,
     responses={status: refusal for status, refusal in described(200, "", None).items() if status in (401, 403)},
 )
-async def prometheus() -> Response:
+async def prometheus(request: Request) -> Response:
     """Metrics in Prometheus' text format; where there are keys, for one of scope metrics or admin."""
+    with suppress(StoreError):  # /readyz tells
+        await request.app.state.sessions.count()
     return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -9,7 +9,7 @@ else back. The answer to a request with a key is kept in the commit that the req
 
 import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -322,6 +322,9 @@ class Store(Protocol):
 
     def lives(self, model: str, version: int) -> bool:
         """Whether any session of a model version lives."""
+
+    def census(self) -> Mapping[tuple[str, int], int]:
+        """How many sessions of each (model, version) live; the last seconds may be missing."""
 
     def next_epoch(self, key: Key) -> int:
         """An epoch that this id has never had."""

@@ -1,7 +1,8 @@
 """The memory store: nothing survives the process. For tests and throw-away work."""
 
 import sys
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from threading import RLock
 
 import msgspec
@@ -214,6 +215,10 @@ class MemoryStore:
     def lives(self, model: str, version: int) -> bool:
         """Whether any session of a model version lives."""
         return any((head.model, head.version) == (model, version) for head in self._living())
+
+    def census(self) -> Mapping[tuple[str, int], int]:
+        """How many sessions of each (model, version) live."""
+        return Counter((head.model, head.version) for head in self._living())
 
     def _living(self, tenant: str | None = None) -> list[Head]:
         with self._lock:

@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -831,6 +831,13 @@ class RedisStore:
         live = [head for head in heads if head is not None and head.status == "live"]
         due = [head for head in live if (head.model, head.version) == (model, version)]
         return int(count or 0) > sum(head.at(now).status != "live" for head in due)
+
+    def census(self) -> Mapping[tuple[str, int], int]:
+        """How many sessions of each (model, version) live, on whatever replica."""
+        found = self._link.ask(("HGETALL", _LIVES))[0]
+        pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
+        named = ((bytes(field).decode().split("\0"), int(count)) for field, count in pairs)
+        return {(model, int(version)): count for (model, version), count in named}
 
     def next_epoch(self, key: Key) -> int:
         """One more than every epoch that this id has had, as far as this process or the store know."""

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -166,6 +167,10 @@ def test_sessions_that_leave_memory_are_counted_and_timed_when_they_wake(watched
     assert watched.metric("recurra_sessions_evicted_total", **labels, reason="parked") - parked >= 3
     assert watched.metric("recurra_wake_seconds_count", **labels) - woken == 1
     assert 0 < watched.metric("recurra_wake_seconds_sum") - slept < 5
+    end = time.monotonic() + 30  # it is counted seldom
+    while watched.metric("recurra_sessions_parked", **labels) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_the_gauges_tell_what_is(watched: Server, name: str) -> None:

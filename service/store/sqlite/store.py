@@ -15,7 +15,7 @@ import heapq
 import os
 import sqlite3
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -367,6 +367,11 @@ class SqliteStore:
                 return True
             with self._tables.of_version(model, version, now) as heads:
                 return next(self._unchanged(heads), None) is not None
+
+    def census(self) -> Mapping[tuple[str, int], int]:
+        """How many sessions of each (model, version) live; what is not spread yet is missing."""
+        with self._using():
+            return self._tables.census()
 
     # ------------------------------------------------------------------ upkeep
 

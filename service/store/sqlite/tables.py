@@ -154,6 +154,11 @@ class Tables:
         with closing(self.db.execute(both, (model, version, model, version, now))) as rows:
             yield (decode_head(blob) for (blob,) in rows)
 
+    def census(self) -> dict[tuple[str, int], int]:
+        """How many sessions of each (model, version) live, by their index alone."""
+        sql = "SELECT model, version, count(*) FROM sessions WHERE status = 'live' GROUP BY model, version"
+        return {(model, version): count for model, version, count in self.db.execute(sql).fetchall()}
+
     def forks(self, key: Key) -> list[Head]:
         """The sessions that were forked from any life of a session."""
         return self._heads("tenant = ? AND parent = ?", key)
