@@ -100,14 +100,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
     begun = job(tmp_path, "train.checkpoint_minutes=0")
     real = loop.update
 
-    def breaks(job: Job, batch: object, state: object) -> object:
+    def breaks(job: Job, *given: object) -> object:
         if job.optimiser.state and next(iter(job.optimiser.state.values()))["step"] >= 7:
             with torch.no_grad():
                 next(job.model.parameters()).fill_(math.nan)
-        return real(job, batch, state)  # type: ignore[arg-type]
+        return real(job, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "update", breaks)
-    with pytest.raises(loop.NonFiniteError, match=r"train\.learning_rate"):
+    with pytest.raises(loop.NonFiniteError, match=r"the checkpoint of step 7 is kept: lower train\.learning_rate"):
         loop.train(begun, tmp_path / "run", QUIET)
     kept = load_file(tmp_path / "run" / "last" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in kept.values())

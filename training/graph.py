@@ -16,14 +16,14 @@ import onnx
 from onnx import TensorProto, helper
 from torch import nn
 
-from training.cells import CELLS, input_weight, layer_drive
+from training.cells import CELLS, input_weight, layer_drive, layer_output
+from training.layers import GATES
 from training.model import ForecastHead, ModelConfig, OwnHead, RecurrentModel, ValueEncoder, state_names
-from training.nodes import Nodes, odd_series, softplus
+from training.nodes import Nodes, layer_norm, odd_series, softplus
 
 OPSET = 21
 IR_VERSION = 10
 FOLDED_BYTES = 32 * 2**20
-GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rnn-relu": 1}
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "Relu", nn.Tanh: "Tanh", nn.Sigmoid: "Sigmoid"}
 SINE = [(-1) ** k / factorial(2 * k + 1) for k in range(6)]
 
@@ -154,12 +154,13 @@ def _step(module: RecurrentModel, step: Nodes) -> onnx.GraphProto:
     config = module.config
     names = state_names(config.cell)
     befores = [f"{name}{i}" for name in names for i in range(config.layers)]
-    x, afters = "entry", {}
+    x = stream = "entry"
+    afters: dict[str, str] = {}
     for i in range(config.layers):
         drive = x if i == 0 and folded(config) else layer_drive(step, module, i, x)
         states = CELLS[config.cell](step, module, i, drive)
         afters.update({f"{name}{i}": value for name, value in zip(names, states, strict=True)})
-        x = states[0]
+        stream, x = layer_output(step, module, i, stream, states[0])
     raw = _layers(step, module, x)
     for name in befores:
         step.name(afters[name], f"{name}_next")
@@ -186,8 +187,7 @@ def _layer(step: Nodes, name: str, layer: nn.Module, x: str) -> str:
         case nn.Linear():
             return step.linear(x, f"{name}.weight", layer.weight.T, step.constant(f"{name}.bias", layer.bias))
         case nn.LayerNorm():
-            scale, bias = step.constant(f"{name}.scale", layer.weight), step.constant(f"{name}.bias", layer.bias)
-            return step.add("LayerNormalization", x, scale, bias, axis=-1, epsilon=layer.eps)
+            return layer_norm(step, name, layer, x)
         case nn.SiLU():
             return step.add("Mul", x, step.add("Sigmoid", x))
         case nn.LeakyReLU():

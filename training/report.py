@@ -1,4 +1,7 @@
-"""What a run says while it trains: a bar on a terminal, plain lines elsewhere, JSON lines, or nothing."""
+"""What a run says while it trains: a bar on a terminal, plain lines elsewhere, JSON lines, or nothing.
+
+Beside that each evaluation can go to a file as a line of JSON.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,10 +37,10 @@ class Line:
 
 
 class Report:
-    """Chooses one of four voices once and speaks in it."""
+    """Chooses one of four voices once and speaks in it; `log` gets the evaluations as lines of JSON in any case."""
 
-    def __init__(self, unit: str, *, quiet: bool = False, log_json: bool = False) -> None:
-        self.unit, self.quiet, self.log_json = unit, quiet, log_json
+    def __init__(self, unit: str, *, quiet: bool = False, log_json: bool = False, log: Path | None = None) -> None:
+        self.unit, self.quiet, self.log_json, self.log = unit, quiet, log_json, log
         self.console = Console(soft_wrap=True, highlight=False)
         self._spoken = 0.0
         self._bar: Progress | None = None
@@ -60,10 +64,14 @@ class Report:
 
     def event(self, kind: str, text: str, data: dict[str, Any]) -> None:
         """Something worth a line of its own."""
+        line = json.dumps({"event": kind, **data}, ensure_ascii=False)
+        if self.log is not None and kind == "evaluation":
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
         if self.quiet:
             return
         if self.log_json:
-            print(json.dumps({"event": kind, **data}, ensure_ascii=False), flush=True)
+            print(line, flush=True)
         else:
             self.console.print(text, markup=False)
             sys.stdout.flush()
