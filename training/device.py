@@ -39,5 +39,6 @@ def bf16_pays(device: str, cell: str, hidden: int) -> bool:
     """Whether bf16 autocast is known to be faster there: hardware that multiplies in it, and large products."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    in_hardware = device == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
-    return in_hardware and cell != "leaky" and hidden >= BF16_HIDDEN
+    able = torch.cpu.get_capabilities()
+    in_hardware = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device == "cpu" and in_hardware and cell != "leaky" and hidden >= BF16_HIDDEN
