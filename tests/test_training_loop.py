@@ -2,7 +2,10 @@ import json
 import math
 import os
 import signal
+import sys
+import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from training import checkpoint, loop
 from training.checkpoint import CheckpointError, Progress
 from training.config import Recipe, RecipeError, recipe_from
 from training.job import Job, prepare
-from training.report import Line, Report
+from training.report import CURVES, Line, Report, board
 
 TEXT = "to be or not to be, that is the question. " * 40
 
@@ -211,6 +214,30 @@ def test_every_evaluation_is_a_line_in_the_log(tmp_path: Path, capsys: pytest.Ca
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert all(line["event"] == "evaluation" and line["validation"] > 0 and line["baselines"] for line in lines)
     assert capsys.readouterr().out == ""
+
+
+def test_every_evaluation_is_a_point_of_each_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        points: ClassVar[list[tuple[str, int]]] = []
+
+        def __init__(self, folder: str) -> None:
+            assert folder == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            assert math.isfinite(value)
+            self.points.append((tag, step))
+
+        def flush(self) -> None:
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    loop.train(job(tmp_path), tmp_path / "run", Report("", quiet=True, board=board(tmp_path / "run")))
+    assert Writer.points == [(name, step) for step in (30, 60) for name in CURVES]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RecipeError, match="pip install tensorboard"):
+        board(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("hidden", "bf16"), [(64, False), (128, True)])

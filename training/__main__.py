@@ -25,7 +25,7 @@ from training.data import DataError
 from training.evaluate import evaluate_run
 from training.job import Job, prepare
 from training.processes import Group, together
-from training.report import Report
+from training.report import Report, board
 from training.run import NonFiniteError
 from training.sample import AHEAD, labels_shown, roll, sample_text
 
@@ -64,6 +64,7 @@ def train(
     ] = None,
     evaluation: Annotated[bool, typer.Option(help="Score the test part at the end.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but the figures, as JSON, and errors.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Curves for TensorBoard, in --out.")] = False,
     log_json: Annotated[
         str, typer.Option(metavar="FILE|-", help="A line of JSON an evaluation; with -, all that is said, to stdout.")
     ] = "",
@@ -86,6 +87,7 @@ def train(
         "train.accumulate": accumulate,
         "train.average": average,
         "train.patience": patience,
+        "train.tensorboard": tensorboard or None,
     }
     changes = data_changes(data, time, target or [], series, label)
     changes += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
@@ -97,7 +99,8 @@ def train(
         job = prepare(chosen, cache, "python -m training " + shlex.join(sys.argv[1:]))
         folder = out or Path("runs") / chosen.name
         log = Path(log_json) if log_json and not json_lines and group.leads else None
-        report = Report(job.task.unit, quiet=quiet or not group.leads, log_json=json_lines, log=log)
+        curves = board(folder) if job.recipe.train.tensorboard and group.leads else None
+        report = Report(job.task.unit, quiet=quiet or not group.leads, log_json=json_lines, log=log, board=curves)
         run(job, folder, report, resume, group)
         if evaluation and group.leads:
             if not (quiet or json_lines):
