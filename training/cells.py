@@ -5,7 +5,7 @@ The state's share is added by the cell. Gates lie along the last axis, G of them
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from training.model import ModelConfig, RecurrentModel
 from training.nodes import Nodes, layer_norm
@@ -82,9 +82,7 @@ def layer_output(step: Nodes, module: RecurrentModel, i: int, below: str, h: str
     total = step.add("Add", below, h) if module.config.skip and i else h
     if not module.config.norm:
         return total, total
-    norm = module.rnn.norms[i]
-    assert isinstance(norm, nn.LayerNorm)
-    return total, layer_norm(step, f"layer{i}.norm", norm, total)
+    return total, layer_norm(step, f"layer{i}.norm", module.rnn.norm(i), total)
 
 
 def _hidden(module: RecurrentModel, i: int) -> tuple[str, Tensor]:

@@ -72,6 +72,8 @@ class ModelRecipe:
     """lstm, gru: the longest memory in steps over which the gates are spread at the start."""
     alpha: float = 0.1
     """leaky: the share of the state that is new at each step."""
+    bidirectional: bool = False
+    """Labels only: each sequence is read whole and from both ends (train.steps is not used); the service predicts."""
     residual: bool = False
     """Forecasters predict the difference from the present value."""
     quantiles: tuple[float, ...] = ()

@@ -34,12 +34,17 @@ def build(module: RecurrentModel, step: type[Nodes] = Nodes) -> onnx.ModelProto:
     """The module as a checked ONNX model, its step written by `step`; inputs and outputs as in `signature`."""
     constants: dict[str, TensorProto] = {}
     nodes = Nodes("", constants)
-    head = _head(nodes, module, _scan(nodes, module, _entries(nodes, module), step("step.", constants)))
+    head = named_outputs(nodes, module, _scan(nodes, module, _entries(nodes, module), step("step.", constants)))
     for name, value in head.items():
         nodes.name(value, name)
+    return finished(module, nodes)
+
+
+def finished(module: RecurrentModel, nodes: Nodes) -> onnx.ModelProto:
+    """The nodes as a checked model with the module's inputs and outputs."""
     inputs, outputs = signature(module)
     graph = helper.make_graph(
-        nodes.nodes, "step", _infos(inputs), _infos(outputs), initializer=list(constants.values())
+        nodes.nodes, "step", _infos(inputs), _infos(outputs), initializer=list(nodes.constants.values())
     )
     model = helper.make_model(
         graph,
@@ -55,7 +60,7 @@ def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
     """Inputs and outputs of the graph, states included: name -> (dtype, axes), time-major."""
     config = module.config
     axes: list[int | str] = [config.layers, "B", config.hidden]
-    states: Signature = dict.fromkeys(state_names(config.cell), ("float32", axes))
+    states: Signature = dict.fromkeys(() if config.bidirectional else state_names(config.cell), ("float32", axes))
     after: Signature = {f"{name}_next": spec for name, spec in states.items()}
     if config.vocabulary:
         entries: Signature = {"symbols": ("int64", ["T", "B"])}
@@ -81,7 +86,7 @@ def _infos(signature: Signature) -> list[onnx.ValueInfoProto]:
 def _entries(nodes: Nodes, module: RecurrentModel) -> str:
     """What the Scan reads at each step: rows of the folded table [T, B, G*H], or encoded values [T, B, E]."""
     if isinstance(module.encoder, ValueEncoder):
-        return _encode(nodes, module.encoder)
+        return encode(nodes, module.encoder)
     table = _folded_table(nodes, module) if folded(module.config) else _embedding(nodes, module.encoder)
     return nodes.add("Gather", table, "symbols", axis=0)
 
@@ -103,7 +108,7 @@ def _folded_table(nodes: Nodes, module: RecurrentModel) -> str:
     return nodes.constant("layer0.table", table.float())
 
 
-def _encode(nodes: Nodes, encoder: ValueEncoder) -> str:
+def encode(nodes: Nodes, encoder: ValueEncoder) -> str:
     """values [T, B, F] -> plain features standardised, then a (sin, cos) pair per periodic one: [T, B, E]."""
     parts = []
     if encoder.plain:
@@ -200,7 +205,7 @@ def _float_info(name: str, axes: list[Any]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
 
-def _head(nodes: Nodes, module: RecurrentModel, raw: str) -> dict[str, str]:
+def named_outputs(nodes: Nodes, module: RecurrentModel, raw: str) -> dict[str, str]:
     """Raw head values [T, B, N] -> the task's outputs."""
     head = module.head
     if isinstance(head, OwnHead) and head.targets:

@@ -20,7 +20,7 @@ from training.model import ForecastHead, ModelConfig, RecurrentModel, ValueEncod
 from training.tasks import TASKS, Task
 
 ALIKE = ["dropout", "input_dropout", "weight_dropout", "locked", "skip", "norm", "tied", "start", "forget_bias"]
-ALIKE += ["chrono", "alpha"]
+ALIKE += ["chrono", "alpha", "bidirectional"]
 """Keys that a recipe and a model's config have in common."""
 
 
@@ -117,6 +117,8 @@ def build_optimiser(model: RecurrentModel, recipe: Recipe) -> torch.optim.Optimi
 def build_batches(recipe: Recipe, corpus: Corpus) -> Batches:
     """The data set of the recipe's form."""
     train = recipe.train
+    if recipe.model.bidirectional:
+        return StreamSet(corpus.train, train.batch, max(map(len, corpus.train)), whole=True)
     if train.form == "windowed":
         return WindowSet(corpus.train, train.batch, train.steps, train.stride)
     return StreamSet(corpus.train, train.batch, train.steps)

@@ -5,6 +5,7 @@ Parameters have the names of `nn.LSTM`'s (`weight_ih_l0`, ...), and each layer r
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -31,33 +32,49 @@ class Layers(nn.Module):
     def __init__(self, width: int, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.ways = ("", "_reverse") if config.bidirectional else ("",)
         rows = GATES[config.cell] * config.hidden
         for i in range(config.layers):
-            columns = config.hidden if i else width
-            for name, shape in zip(NAMES, ((rows, columns), (rows, config.hidden), (rows,), (rows,)), strict=True):
-                self.register_parameter(f"{name}_l{i}", nn.Parameter(torch.empty(shape)))
+            columns = config.width if i else width
+            for way in self.ways:
+                for name, shape in zip(NAMES, ((rows, columns), (rows, config.hidden), (rows,), (rows,)), strict=True):
+                    self.register_parameter(f"{name}_l{i}{way}", nn.Parameter(torch.empty(shape)))
         bound = 1 / math.sqrt(config.hidden)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden) for _ in range(config.layers if config.norm else 0))
+        self.norms = nn.ModuleList(nn.LayerNorm(config.width) for _ in range(config.layers if config.norm else 0))
         self._start()
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """[T, B, E], each state [layers, B, H] -> [T, B, H], state'."""
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """[T, B, E], each state [layers, B, H] -> [T, B, H], state'.
+
+        Bidirectional: -> [T, B, 2 * H]; the second half comes from each row's end, where it begins at zero.
+        """
         config, afters = self.config, []
         stream = x
         for i in range(config.layers):
             if i:
                 x = drop(x, config.dropout, self.training, config.locked)
-            hidden, after = self._layer(i, x, tuple(tensor[i : i + 1] for tensor in state))
+            before = tuple(tensor[i : i + 1] for tensor in state)
+            hidden, after = self._layer(i, x, before)
+            if config.bidirectional:
+                zero = tuple(torch.zeros_like(tensor) for tensor in before)
+                back, _ = self._layer(i, turned(x, lengths), zero, "_reverse")
+                hidden = torch.cat((hidden, turned(back, lengths)), dim=-1)
             afters.append(after)
             stream = stream + hidden if config.skip and i else hidden
             x = self.norms[i](stream) if config.norm else stream
         return x, tuple(torch.cat(tensors) for tensors in zip(*afters, strict=True))
 
-    def _layer(self, i: int, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def norm(self, i: int) -> nn.LayerNorm:
+        """What normalises the output of layer i."""
+        norm = self.norms[i]
+        assert isinstance(norm, nn.LayerNorm)
+        return norm
+
+    def _layer(self, i: int, x: Tensor, state: State, way: str = "") -> tuple[Tensor, State]:
         """Layer i: [T, B, E], each state [1, B, H] -> [T, B, H], state'."""
-        weights: list[Tensor] = [self.get_parameter(f"{name}_l{i}") for name in NAMES]
+        weights: list[Tensor] = [self.get_parameter(f"{name}_l{i}{way}") for name in NAMES]
         weights[1] = drop(weights[1], self.config.weight_dropout, self.training)
         if self.config.cell == "leaky":
             return _leaky(x, state[0], weights, self.config.alpha)
@@ -76,8 +93,8 @@ class Layers(nn.Module):
         update gates of a gru, are spread over memories of 1 to T steps (Tallec, Ollivier 2018, arXiv 1804.11188).
         """
         config, H = self.config, self.config.hidden
-        for i in range(config.layers):
-            _, w_hh, b_ih, b_hh = (self.get_parameter(f"{name}_l{i}").data for name in NAMES)
+        for i, way in itertools.product(range(config.layers), self.ways):
+            _, w_hh, b_ih, b_hh = (self.get_parameter(f"{name}_l{i}{way}").data for name in NAMES)
             for gate in torch.split(w_hh, H):
                 nn.init.orthogonal_(gate) if config.start == "orthogonal" else nn.init.eye_(gate)
             if config.cell == "lstm" or config.start == "identity":
@@ -98,6 +115,15 @@ def drop(x: Tensor, share: float, training: bool, locked: bool = False) -> Tenso
     if not training or not share:  # PyTorch would draw a mask for a share of 0 too
         return x
     return x * F.dropout(x.new_ones(1, *x.shape[1:]), share) if locked else F.dropout(x, share)
+
+
+def turned(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """[T, B, E] with each row's first `lengths` steps in reverse order, its padding where it was; all T if None."""
+    if lengths is None:
+        return x.flip(0)
+    t = torch.arange(len(x), device=x.device)[:, None]
+    source = torch.where(t < lengths, lengths - 1 - t, t)
+    return x.gather(0, source[..., None].expand_as(x))
 
 
 def _leaky(x: Tensor, h: Tensor, weights: list[Tensor], alpha: float) -> tuple[Tensor, State]:

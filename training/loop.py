@@ -80,7 +80,7 @@ def update(job: Job, batch: Batch, state: State, group: Group) -> tuple[float, f
     for rows in parts(state[0].shape[1], recipe.accumulate):
         part = batch.part(rows).to(recipe.device)
         with torch.autocast(recipe.device, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            outputs, after = model(part.inputs, tuple(tensor[:, rows] for tensor in state))
+            outputs, after = model(part.inputs, tuple(tensor[:, rows] for tensor in state), part.lengths)
         total, weight = job.task.losses(model, outputs, part)
         total.backward()  # type: ignore[no-untyped-call]
         sums += torch.stack((total.detach(), weight))

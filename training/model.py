@@ -51,6 +51,7 @@ class ModelConfig:
     forget_bias: float = 1.0
     chrono: int = 0
     alpha: float = 0.1
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -72,8 +73,15 @@ class ModelConfig:
             raise ValueError("model.chrono is the longest memory in steps, 3 or more, of an lstm or a gru")
         if self.tied and (self.task != "language-model" or self.embedding != self.hidden):
             raise ValueError("model.tied is for language models, and needs model.embedding equal to model.hidden")
+        if self.bidirectional and self.task in ("language-model", "forecaster"):
+            raise ValueError(f"model.bidirectional is not for a {self.task}: it would read what it is to predict")
         if list(self.quantiles) != sorted(set(self.quantiles)) or not all(0 < q < 1 for q in self.quantiles):
             raise ValueError("model.quantiles must ascend and lie between 0 and 1")
+
+    @property
+    def width(self) -> int:
+        """Of what the head reads."""
+        return self.hidden * (2 if self.bidirectional else 1)
 
     def to_json(self) -> dict[str, Any]:
         """A dict that survives a trip through JSON and `from_json`."""
@@ -223,11 +231,14 @@ class RecurrentModel(nn.Module):
         shape = (self.config.layers, batch, self.config.hidden)
         return tuple(torch.zeros(shape, device=device) for _ in state_names(self.config.cell))
 
-    def forward(self, inputs: Tensor, state: State) -> tuple[dict[str, Tensor], State]:
-        """[T, B] int64 symbols or [T, B, F] float32 values, and the state -> outputs at each step, state'."""
+    def forward(self, inputs: Tensor, state: State, lengths: Tensor | None = None) -> tuple[dict[str, Tensor], State]:
+        """[T, B] int64 symbols or [T, B, F] float32 values, and the state -> outputs at each step, state'.
+
+        Only a bidirectional model asks for the rows' lengths [B], all T if not given: it begins at their ends.
+        """
         config = self.config
         encoded = drop(self.encoder(inputs), config.input_dropout, self.training, config.locked)
-        hidden, after = self.rnn(encoded, state)
+        hidden, after = self.rnn(encoded, state, lengths)
         return self.head(drop(hidden, config.dropout, self.training, config.locked), inputs), after
 
 
@@ -240,5 +251,5 @@ def _head(config: ModelConfig) -> LanguageHead | ClassifierHead | ForecastHead:
     if config.task == "language-model":
         return LanguageHead(config.hidden, config.vocabulary)
     if config.task == "classifier":
-        return ClassifierHead(config.hidden, config.labels)
+        return ClassifierHead(config.width, config.labels)
     return ForecastHead(config)

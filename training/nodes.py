@@ -10,7 +10,7 @@ from torch import Tensor, nn
 ATANH = [1 / (2 * k + 1) for k in range(7)]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Attribute = int | float | onnx.GraphProto
+Attribute = int | float | str | list[int] | list[str] | onnx.GraphProto
 
 
 class Nodes:
