@@ -96,7 +96,8 @@ def train(
         name = recipe or default_recipe(data, label)
         chosen = recipe_from(read_recipe(name), [*changes, *(overrides or [])])
         torch.set_num_threads(chosen.train.threads)
-        job = prepare(chosen, cache, "python -m training " + shlex.join(sys.argv[1:]))
+        with group.leader_first():
+            job = prepare(chosen, cache, "python -m training " + shlex.join(sys.argv[1:]))
         folder = out or Path("runs") / chosen.name
         log = Path(log_json) if log_json and not json_lines and group.leads else None
         curves = board(folder) if job.recipe.train.tensorboard and group.leads else None

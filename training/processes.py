@@ -28,6 +28,15 @@ class Group:
         """Whether it is this process that evaluates, speaks and writes."""
         return self.rank == 0
 
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """What is fetched and kept in a folder is fetched once."""
+        if not self.leads:
+            dist.barrier()
+        yield
+        if self.leads and self.size > 1:
+            dist.barrier()
+
     def share(self, rows: int) -> slice:
         """The rows of a batch that are this process's own, one after another."""
         return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
