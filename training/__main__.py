@@ -74,8 +74,9 @@ def train(
 
     Cells and regularisation are keys of the recipe: model.cell (rnn, rnn-relu, leaky, gru, lstm), model.skip,
     model.norm, model.tied, model.dropout, model.input_dropout, model.weight_dropout, model.locked, model.start,
-    model.chrono, model.forget_bias, model.alpha. `torchrun --nproc-per-node 2 -m training train ...` learns in two
-    processes, each from half the rows of every batch.
+    model.chrono, model.forget_bias, model.alpha, model.bidirectional.
+
+    `torchrun --nproc-per-node 2 -m training train ...` learns in two processes, each from half the rows of a batch.
     """
     flags = {
         "train.max_minutes": max_minutes,
