@@ -84,7 +84,7 @@ class Int8Rnn(nn.Module):
         self.before = [Columns(parameter(module, f"weight_hh_l{i}").T) for i in range(config.layers)]
         self.reset_biases = [parameter(module, f"bias_hh_l{i}")[-config.hidden :] for i in range(config.layers)]
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """[T, B, E] and the state -> the top's output [T, B, H], state'."""
         rows, tops = list(zip(*(tensor.unbind() for tensor in state), strict=True)), []
         for drive in x @ self.entry + self.biases[0]:

@@ -45,10 +45,13 @@ def check(module: RecurrentModel, graph: bytes, int8: bool = False) -> dict[str,
         "batches": list(BATCHES),
         "chunks": list(CHUNKS),
         "threads": list(THREADS),
-        "onnxruntime": onnxruntime.__version__,
-        "torch": str(torch.__version__),
-        "cpu": cpu_kind(),
+        **computed_with(),
     }
+
+
+def computed_with() -> dict[str, str]:
+    """What the figures of a check depend on."""
+    return {"onnxruntime": onnxruntime.__version__, "torch": str(torch.__version__), "cpu": cpu_kind()}
 
 
 def check_parity(module: RecurrentModel, step: Step) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from training import graph, parity
 from training.layers import NAMES
 from training.model import OwnHead, RecurrentModel, ValueEncoder
 from training.nodes import Nodes, layer_norm
-from training.publish import cpu_kind
 
 LENGTHS = (1, 2, 7, 40)
 OPS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "rnn-relu": "RNN"}
@@ -54,9 +52,7 @@ def check(module: RecurrentModel, onnx_bytes: bytes) -> dict[str, Any]:
         "parity": {"outputs": greatest, "tolerance": parity.TOLERANCE},
         "lengths": list(LENGTHS),
         "batches": list(parity.BATCHES),
-        "onnxruntime": onnxruntime.__version__,
-        "torch": str(torch.__version__),
-        "cpu": cpu_kind(),
+        **parity.computed_with(),
     }
 
 
