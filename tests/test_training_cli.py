@@ -64,7 +64,7 @@ def test_text_from_file_to_sample(tmp_path: Path, book: Path) -> None:
 def test_a_forecaster_from_csv(tmp_path: Path, sensors: Path) -> None:
     run = tmp_path / "run"
     columns = ["--time", "time", "--series", "sensor", "--target", "heat"]
-    trained = call("train", "--data", sensors, *columns, "--out", run, "--log-json", *SMALL)
+    trained = call("train", "--data", sensors, *columns, "--out", run, "--log-json", "-", *SMALL)
     assert trained.exit_code == 0, trained.output
     lines = [json.loads(line) for line in trained.stdout.splitlines()]
     assert {"start", "step", "evaluation", "sample", "end"} <= {line.get("event") for line in lines}
@@ -116,7 +116,7 @@ def test_the_example_of_a_model_card_is_one_that_the_model_takes(tmp_path: Path,
         (["train", "--recipe", "text"], "--data"),
         (["train", "--data", "absent.txt"], "absent.txt"),
         (["train", "--recipe", "who", "--set", "model.hiden=3"], "model.hidden"),
-        (["train", "--recipe", "who", "--set", "model.cell=lstn"], "rnn, rnn-relu, gru, lstm"),
+        (["train", "--recipe", "who", "--set", "model.cell=lstn"], "rnn, rnn-relu, leaky, gru, lstm"),
         (["evaluate", "absent"], "train first"),
     ],
 )

@@ -16,7 +16,7 @@ from training.model import ForecastHead, ModelConfig, RecurrentModel, ValueEncod
 from training.nodes import Nodes, softplus
 from training.parity import ExportError
 
-CELLS = ("rnn", "gru", "lstm")
+CELLS = ("rnn", "leaky", "gru", "lstm")
 TEXT: dict[str, Any] = {"task": "language-model", "vocabulary": 11, "embedding": 6}
 VALUES: dict[str, Any] = {
     "task": "forecaster",

@@ -19,12 +19,14 @@ from rich.table import Table
 from service.bundle import MAX_WINDOW, Window, load
 from training import loop
 from training.checkpoint import CheckpointError, load_model
-from training.config import Recipe, RecipeError, read_recipe, recipe_from, recipe_names
+from training.config import RecipeError, read_recipe, recipe_from, recipe_names
 from training.corpora import load_corpus
 from training.data import DataError
 from training.evaluate import evaluate_run
 from training.job import Job, prepare
-from training.report import Report
+from training.processes import Group, together
+from training.report import Report, board
+from training.run import NonFiniteError
 from training.sample import AHEAD, labels_shown, roll, sample_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -50,35 +52,67 @@ def train(
     max_minutes: Annotated[float | None, typer.Option(help="Stop then; the schedule follows the clock.")] = None,
     seed: Annotated[int | None, typer.Option(help="For weights, order and dropout.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, or cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu (a resumed run is exact), cuda or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto (bf16 where it is faster), fp32 or bf16.")] = None,
+    tbptt: Annotated[int | None, typer.Option(help="Steps a gradient reaches back; the state reaches further.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Parts a batch is learnt from in: less memory.")] = None,
+    average: Annotated[float | None, typer.Option(help="Export a running mean of the weights: 0.999.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. model.hidden=512.")
     ] = None,
     evaluation: Annotated[bool, typer.Option(help="Score the test part at the end.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but the figures, as JSON, and errors.")] = False,
-    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object a line.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Curves for TensorBoard, in --out.")] = False,
+    log_json: Annotated[
+        str, typer.Option(metavar="FILE|-", help="A line of JSON an evaluation; with -, all that is said, to stdout.")
+    ] = "",
     cache: Cache = CACHE,
 ) -> None:
-    """Train a model by a recipe, or on your own file; Ctrl-C saves, --resume goes on."""
-    flags = {"train.max_minutes": max_minutes, "train.seed": seed, "train.threads": threads, "train.device": device}
+    """Train a model by a recipe, or on your own file; Ctrl-C saves, --resume goes on.
+
+    Cells and regularisation are keys of the recipe: model.cell (rnn, rnn-relu, leaky, gru, lstm), model.skip,
+    model.norm, model.tied, model.dropout, model.input_dropout, model.weight_dropout, model.locked, model.start,
+    model.chrono, model.forget_bias, model.alpha, model.bidirectional.
+
+    `torchrun --nproc-per-node 2 -m training train ...` learns in two processes, each from half the rows of a batch.
+    """
+    flags = {
+        "train.max_minutes": max_minutes,
+        "train.seed": seed,
+        "train.threads": threads,
+        "train.device": device,
+        "train.precision": precision,
+        "train.steps": tbptt,
+        "train.accumulate": accumulate,
+        "train.average": average,
+        "train.patience": patience,
+        "train.tensorboard": tensorboard or None,
+    }
     changes = data_changes(data, time, target or [], series, label)
     changes += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    with plain_errors():
+    json_lines = log_json == "-"
+    with plain_errors(), together() as group:
         name = recipe or default_recipe(data, label)
         chosen = recipe_from(read_recipe(name), [*changes, *(overrides or [])])
         torch.set_num_threads(chosen.train.threads)
-        job = prepare(chosen, cache, "python -m training " + shlex.join(sys.argv[1:]))
+        with group.leader_first():
+            job = prepare(chosen, cache, "python -m training " + shlex.join(sys.argv[1:]))
         folder = out or Path("runs") / chosen.name
-        run(job, chosen, folder, Report(job.task.unit, quiet=quiet, log_json=log_json), resume)
-        if evaluation:
-            if not (quiet or log_json):
+        log = Path(log_json) if log_json and not json_lines and group.leads else None
+        curves = board(folder) if job.recipe.train.tensorboard and group.leads else None
+        report = Report(job.task.unit, quiet=quiet or not group.leads, log_json=json_lines, log=log, board=curves)
+        run(job, folder, report, resume, group)
+        if evaluation and group.leads:
+            if not (quiet or json_lines):
                 typer.echo(f"scoring the test part, {sum(map(len, job.corpus.test)):,} steps")
-            show_metrics(evaluate_run(folder, cache), quiet=quiet or log_json)
+            show_metrics(evaluate_run(folder, cache), quiet=quiet or json_lines)
 
 
-def run(job: Job, recipe: Recipe, out: Path, report: Report, resume: bool) -> None:
+def run(job: Job, out: Path, report: Report, resume: bool, group: Group) -> None:
     """Say what is about to be learnt, learn it, say how it ended."""
+    recipe = job.recipe
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     for note in job.corpus.notes:
         report.event("note", note, {"text": note})
@@ -86,14 +120,17 @@ def run(job: Job, recipe: Recipe, out: Path, report: Report, resume: bool) -> No
     report.event(
         "start",
         f"{recipe.name}: {recipe.model.layers} x {recipe.model.hidden} {recipe.model.cell}, {parameters:,} parameters,"
-        f" {steps:,} steps to learn from, {job.batches.per_epoch():,} batches an epoch, into {out}",
+        f" {steps:,} steps to learn from, {job.batches.per_epoch():,} batches an epoch, on {recipe.train.device} in"
+        f" {recipe.train.precision}, into {out}",
         {"recipe": recipe.to_json(), "parameters": parameters, "steps": steps, "out": str(out)},
     )
     out.mkdir(parents=True, exist_ok=True)
     try:
-        progress = loop.train(job, out, report, resume=resume)
+        progress = loop.train(job, out, report, resume=resume, group=group)
     finally:
         report.close()
+    if not group.leads:
+        return
     report.event(
         "end",
         f"{progress.step} steps in {progress.minutes:.1f} min, best {progress.best:.4f} {job.task.unit}"
@@ -353,7 +390,7 @@ def plain_errors() -> Iterator[None]:
     """Errors that users can mend are one line, not a traceback."""
     try:
         yield
-    except (RecipeError, DataError, CheckpointError, loop.NonFiniteError) as error:
+    except (RecipeError, DataError, CheckpointError, NonFiniteError) as error:
         fail(str(error))
 
 

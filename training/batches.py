@@ -29,6 +29,16 @@ class Batch:
     spans: list[tuple[int, int, int]]
     """Per row (sequence, start, stop); start == stop where the row is idle."""
 
+    @property
+    def lengths(self) -> Tensor:
+        """[B] steps of each row that are no padding."""
+        return torch.tensor([stop - start for _, start, stop in self.spans], device=self.inputs.device)
+
+    def part(self, rows: slice) -> Batch:
+        """Some rows of it, as long as the whole."""
+        tensors = (self.inputs[:, rows], self.targets[:, rows], self.weights[:, rows])
+        return Batch(*tensors, fresh=self.fresh[rows], spans=self.spans[rows])
+
     def to(self, device: str) -> Batch:
         """The batch with its tensors on the device."""
         if device == "cpu":

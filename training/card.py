@@ -43,6 +43,8 @@ def _title(m: Manifest) -> str:
 
 
 def _memory(m: Manifest) -> str:
+    if not m.streamable:
+        return "It reads whole sequences, from both ends, and keeps no memory."
     if isinstance(m.memory, Window):
         return f"It was trained on windows: its answer is that of the last {m.memory.window} steps."
     return f"Its memory is carried from call to call: {m.state_bytes:,} bytes a session."
@@ -78,7 +80,8 @@ def _answers(m: Manifest) -> str:
 
 def _calls(m: Manifest, example: Json) -> str:
     steps = {"inputs": example, "model": m.name}
-    lines = [f"# feed a session; the next call goes on from there\n{_curl('/sessions/demo/steps', steps)}"]
+    feed = f"# feed a session; the next call goes on from there\n{_curl('/sessions/demo/steps', steps)}"
+    lines = [feed] if m.streamable else []
     if m.task == "language-model":
         body = {"inputs": example, "max_tokens": 100, "seed": 1}
         lines.append(f"# no session: write on\n{_curl(f'/models/{m.name}/generate', body)}")
@@ -177,6 +180,12 @@ def _checks(m: Manifest) -> str:
     parity = m.checks.get("parity")
     if not parity:
         return ""
+    if not m.streamable:
+        return (
+            f"The graph agrees with PyTorch over sequences of {', '.join(map(str, m.checks['lengths']))} steps at B = "
+            f"{', '.join(map(str, m.checks['batches']))} to {parity['outputs']:.1e} (allowed: {parity['tolerance']:g}; "
+            f"ONNX Runtime {m.checks['onnxruntime']}, {m.checks['cpu']})."
+        )
     over = "at every step" if m.quantization == "int8" else f"over {len(m.checks['chunks'])} carried chunks"
     return (
         f"The graph agrees with PyTorch {over} at B = "

@@ -7,8 +7,8 @@ The state's share is added by the cell. Gates lie along the last axis, G of them
 import torch
 from torch import Tensor
 
-from training.model import RecurrentModel
-from training.nodes import Nodes
+from training.model import ModelConfig, RecurrentModel
+from training.nodes import Nodes, layer_norm
 
 
 def _lstm(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str, str]:
@@ -45,7 +45,15 @@ def _rnn_relu(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[
     return (step.add("Relu", step.linear(f"h{i}", *_hidden(module, i), drive)),)
 
 
-CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _rnn, "rnn-relu": _rnn_relu}
+def _leaky(step: Nodes, module: RecurrentModel, i: int, drive: str) -> tuple[str]:
+    """h' = h + alpha (tanh(drive + W_hh h) - h)."""
+    h = f"h{i}"
+    new = step.add("Tanh", step.product(h, *_hidden(module, i), drive))
+    moved = step.add("Mul", step.scalar(module.config.alpha), step.add("Sub", new, h))
+    return (step.add("Add", h, moved),)
+
+
+CELLS = {"lstm": _lstm, "gru": _gru, "rnn": _rnn, "rnn-relu": _rnn_relu, "leaky": _leaky}
 
 
 def input_weight(module: RecurrentModel, i: int) -> tuple[Tensor, Tensor]:
@@ -58,10 +66,23 @@ def input_weight(module: RecurrentModel, i: int) -> tuple[Tensor, Tensor]:
 
 
 def layer_drive(step: Nodes, module: RecurrentModel, i: int, x: str) -> str:
-    """Layer i's drive from its input x [B, E]; above layer 0 that is the h of the layer below."""
+    """Layer i's drive from its input x [B, E]."""
     weight, bias = input_weight(module, i)
-    multiply = step.product if i else step.linear
+    multiply = step.product if reads_h(module.config, i) else step.linear
     return multiply(x, f"layer{i}.input", weight, step.constant(f"layer{i}.bias", bias))
+
+
+def reads_h(config: ModelConfig, i: int) -> bool:
+    """Whether layer i's input is the h of the layer below itself, and bounded: no sum, not normalised, no ReLU."""
+    return i > 0 and not config.norm and not (config.skip and i > 1) and config.cell != "rnn-relu"
+
+
+def layer_output(step: Nodes, module: RecurrentModel, i: int, below: str, h: str) -> tuple[str, str]:
+    """The sum [B, H] that goes on to layer i + 1's, and what layer i + 1 or the head reads."""
+    total = step.add("Add", below, h) if module.config.skip and i else h
+    if not module.config.norm:
+        return total, total
+    return total, layer_norm(step, f"layer{i}.norm", module.rnn.norm(i), total)
 
 
 def _hidden(module: RecurrentModel, i: int) -> tuple[str, Tensor]:

@@ -20,6 +20,7 @@ from training.model import ModelConfig, RecurrentModel, State
 from training.publish import sync
 
 LAST, BEST = "last", "best"
+TIED = "head.linear.weight"
 
 
 class CheckpointError(ValueError):
@@ -54,28 +55,40 @@ def save_last(
     model: RecurrentModel,
     optimiser: torch.optim.Optimizer,
     state: State,
+    rng: Tensor,
     progress: Progress,
     meta: dict[str, Any],
+    average: RecurrentModel | None = None,
 ) -> None:
-    """Everything that an unbroken run would have in memory."""
+    """Everything that an unbroken run would have in memory; rng: [N], or [processes, N]."""
     carried = {f"carried.{i}": tensor.detach().contiguous() for i, tensor in enumerate(state)}
     tensors = {
         "model.safetensors": weights(model),
         "optimiser.safetensors": optimiser_tensors(optimiser),
-        "state.safetensors": {**carried, "rng": torch.get_rng_state()},
+        "state.safetensors": {**carried, "rng": rng},
     }
+    if average is not None:
+        tensors["average.safetensors"] = weights(average)
     _replace(run / LAST, tensors, {"meta.json": meta, "progress.json": vars(progress)})
 
 
-def load_last(run: Path, model: RecurrentModel, optimiser: torch.optim.Optimizer) -> tuple[State, Progress]:
-    """Put a run's newest checkpoint back: weights, optimiser, random numbers; returns (carried state, progress)."""
+def load_last(
+    run: Path, model: RecurrentModel, optimiser: torch.optim.Optimizer, average: RecurrentModel | None = None
+) -> tuple[State, Tensor, Progress]:
+    """Put a run's newest checkpoint back: weights, optimiser; returns (carried state, rng, progress).
+
+    An average that the run did not have begins with its weights.
+    """
     folder = find(run, LAST)
     load_weights(folder, model)
     restore_optimiser(optimiser, load_file(folder / "optimiser.safetensors"))
     tensors = load_file(folder / "state.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
+    rng = tensors.pop("rng")
+    if average is not None:
+        name = "average" if (folder / "average.safetensors").is_file() else "model"
+        load_weights(folder, average, f"{name}.safetensors")
     progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-    return tuple(tensors[f"carried.{i}"] for i in range(len(tensors))), progress
+    return tuple(tensors[f"carried.{i}"] for i in range(len(tensors))), rng, progress
 
 
 def load_model(run: Path, which: str = BEST) -> tuple[RecurrentModel, dict[str, Any]]:
@@ -103,6 +116,7 @@ def find(run: Path, which: str) -> Path:
 
 def refuse_mismatch(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise unless a resumed run has the model, symbols, features and labels that it began with."""
+    old = {**old, "model": ModelConfig.from_json(old["model"]).to_json()}  # with the keys that came later
     for key in ("task", "model", "symbols", "features", "targets", "labels", "quantiles"):
         if json.loads(json.dumps(old[key])) != json.loads(json.dumps(new[key])):
             raise CheckpointError(f"cannot resume: {key} differs. {_difference(key, old[key], new[key])}")
@@ -118,14 +132,20 @@ def _difference(key: str, old: Any, new: Any) -> str:  # noqa: ANN401 (any JSON)
 
 
 def weights(model: RecurrentModel) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    """Parameters and buffers by name; tied weights once, as the embedding."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tied:
+        del tensors[TIED]
+    return tensors
 
 
-def load_weights(folder: Path, model: RecurrentModel) -> None:
+def load_weights(folder: Path, model: RecurrentModel, file: str = "model.safetensors") -> None:
     """Strict: a missing, extra or misshapen tensor raises."""
+    tensors = load_file(folder / file)
+    if model.config.tied and "encoder.weight" in tensors:
+        tensors[TIED] = tensors["encoder.weight"]
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{folder} holds another model: {error}") from error
 

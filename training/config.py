@@ -44,13 +44,38 @@ class ModelRecipe:
     """The network; what the data fixes (vocabulary, features, labels) is not here."""
 
     cell: str = "lstm"
+    """rnn (tanh), rnn-relu, leaky, gru or lstm."""
     layers: int = 2
     hidden: int = 256
     embedding: int = 128
     embedding_scale: float = 1.0
     """Spread of the embedding at the start; small where words that training never sees should say little."""
     dropout: float = 0.0
+    """Of what the head and each layer but the first read."""
+    input_dropout: float = 0.0
+    """Of what the first layer reads."""
+    weight_dropout: float = 0.0
+    """Of recurrent weights, once a chunk (AWD-LSTM)."""
+    locked: bool = False
+    """Variational dropout: the same units of a row are dropped at every step of a chunk."""
+    skip: bool = False
+    """Residual connections: from layer 1 on a layer's output is added to its input."""
+    norm: bool = False
+    """Layer normalisation of what the head and each layer but the first read."""
+    tied: bool = False
+    """Language models: the head's weights are the embedding."""
+    start: str = "orthogonal"
+    """Of recurrent weights: orthogonal, or identity (IRNN, with cell = rnn-relu)."""
+    forget_bias: float = 1.0
+    """lstm: how far the forget gate is open at the start."""
+    chrono: int = 0
+    """lstm, gru: the longest memory in steps over which the gates are spread at the start."""
+    alpha: float = 0.1
+    """leaky: the share of the state that is new at each step."""
+    bidirectional: bool = False
+    """Labels only: each sequence is read whole and from both ends (train.steps is not used); the service predicts."""
     residual: bool = False
+    """Forecasters predict the difference from the present value."""
     quantiles: tuple[float, ...] = ()
 
 
@@ -69,16 +94,24 @@ class TrainRecipe:
     warmup_steps: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
-    precision: str = "fp32"
-    """fp32, or bf16 (autocast; the weights stay fp32)."""
+    accumulate: int = 1
+    """Each batch is learnt from in so many parts, rows by rows, before one step: less memory, the same loss."""
+    average: float = 0.0
+    """Weights are averaged with this decay a step (0.999); the average is what is scored and exported. 0: not."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one; 0: never."""
+    precision: str = "auto"
+    """fp32, bf16 (autocast; the weights stay fp32), or auto: bf16 where it is known to be faster."""
     max_steps: int = 0
     max_minutes: float = 0.0
     evaluate_steps: int = 500
     checkpoint_minutes: float = 3.0
     seed: int = 1
     threads: int = 1
-    device: str = "cpu"
-    """cpu, where a resumed run is exact, or cuda."""
+    device: str = "auto"
+    """cpu, where a resumed run is exact, cuda, mps, or auto: a GPU where there is one."""
+    tensorboard: bool = False
+    """Curves for TensorBoard in the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +136,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS)
-        _one_of("train.device", self.train.device, ("cpu", "cuda"))
+        _one_of("train.device", self.train.device, ("auto", "cpu", "cuda", "mps"))
         _one_of("train.form", self.train.form, ("stream", "windowed"))
-        _one_of("train.precision", self.train.precision, ("fp32", "bf16"))
+        _one_of("train.precision", self.train.precision, ("auto", "fp32", "bf16"))
         if min(self.train.batch, self.train.steps, self.train.stride, self.train.evaluate_steps) < 1:
             raise RecipeError("train.batch, train.steps, train.stride and train.evaluate_steps must be at least 1")
+        if self.train.accumulate < 1 or self.train.patience < 0 or not 0 <= self.train.average < 1:
+            raise RecipeError(
+                "train.accumulate must be at least 1, train.patience at least 0, train.average from 0 to below 1"
+            )
         if not (self.train.max_steps or self.train.max_minutes):
             raise RecipeError("nothing ends this run: set train.max_steps or train.max_minutes (--max-minutes)")
         if not (self.data.validation > 0 and self.data.test > 0 and self.data.validation + self.data.test < 1):

@@ -171,11 +171,16 @@ def streamed(
 ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
     """Every sequence whole from a zero state, the state carried from chunk to chunk."""
     model.eval()
-    data = StreamSet(sequences, rows, STEPS, whole=True)
+    data = StreamSet(sequences, rows, _reach(model, sequences), whole=True)
     state = model.initial_state(data.rows)
     for batch in data.in_order():
-        outputs, state = model(batch.inputs, fresh_state(state, batch.fresh))
+        outputs, state = model(batch.inputs, fresh_state(state, batch.fresh), batch.lengths)
         yield batch, outputs
+
+
+def _reach(model: RecurrentModel, sequences: list[Sequence]) -> int:
+    """Steps of a chunk; a bidirectional model takes each sequence whole."""
+    return max(map(len, sequences)) if model.config.bidirectional else STEPS
 
 
 def fresh_state(state: State, fresh: Tensor) -> State:
@@ -189,11 +194,12 @@ def validate(model: RecurrentModel, task: Task, corpus: Corpus) -> float:
     """Mean loss on the validation part, state carried; long texts are cut into a few rows for speed."""
     model.eval()
     device = next(model.parameters()).device.type
-    data = StreamSet(corpus.validation, ROWS, STEPS, whole=bool(corpus.warm_up))
+    whole = bool(corpus.warm_up) or model.config.bidirectional
+    data = StreamSet(corpus.validation, ROWS, _reach(model, corpus.validation), whole=whole)
     state, total, weight = model.initial_state(data.rows), 0.0, 0.0
     for batch in data.in_order():
         batch = batch.to(device)
-        outputs, state = model(batch.inputs, fresh_state(state, batch.fresh))
+        outputs, state = model(batch.inputs, fresh_state(state, batch.fresh), batch.lengths)
         loss, weighed = task.losses(model, outputs, batch)
         total, weight = total + float(loss), weight + float(weighed)
     return total / max(weight, 1.0)

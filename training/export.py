@@ -22,6 +22,7 @@ from service.bundle import (
     GOLDEN,
     GRAPH,
     Feature,
+    Foreign,
     Manifest,
     Splitter,
     StateSpec,
@@ -30,7 +31,7 @@ from service.bundle import (
     Window,
     sha256_of,
 )
-from training import card, graph, memory, own, pairs, parity
+from training import card, graph, memory, own, pairs, parity, whole
 from training.checkpoint import environment, load_model
 from training.evaluate import headline, run_corpus
 from training.int8 import Int8Nodes, simulated
@@ -197,6 +198,8 @@ def export_model(
     version = free_version(models, name, version)
     _refuse_mismatch(module, meta)
     module = module.eval().cpu()
+    if module.config.bidirectional:
+        return _export_whole(module, meta, models / name / str(version), metrics or {}, plots, int8)
     if int8:
         _refuse_unbounded(module)
     onnx = (graph.build(module, Int8Nodes) if int8 else graph.build(module)).SerializeToString()
@@ -211,6 +214,28 @@ def export_model(
     pictures = [file for file in files if file.endswith(".png")]
     files[CARD] = card.write(manifest, pictures, meta.get("example")).encode()
     return publish(models / name / str(version), manifest, files)
+
+
+def _export_whole(
+    module: RecurrentModel,
+    meta: Mapping[str, Any],
+    target: Path,
+    metrics: Mapping[str, Any],
+    plots: Sequence[Path],
+    int8: bool,
+) -> Path:
+    """The same of a bidirectional model, which the service gives whole sequences."""
+    if int8:
+        raise ExportError("int8: a bidirectional model is exported in float32 only")
+    onnx = whole.build(module).SerializeToString()
+    checks = whole.check(module, onnx)
+    manifest = describe(module, meta, target.parent.name, int(target.name), checks, metrics)
+    example = golden(module, onnx)
+    example[f"input.{manifest.inputs[0].name}"] = example.pop("input")
+    files = {GRAPH: onnx, GOLDEN: save(example), **_pictures(plots)}
+    pictures = [file for file in files if file.endswith(".png")]
+    files[CARD] = card.write(manifest, pictures, meta.get("example")).encode()
+    return publish(target, manifest, files)
 
 
 def _refuse_unbounded(module: RecurrentModel) -> None:
@@ -240,7 +265,8 @@ def describe(
         "hidden": config.hidden,
         "quantization": "int8" if int8 else "none",
         "tolerance": parity.INT8_TOLERANCE if int8 else parity.TOLERANCE,
-        "memory": _memory(meta),
+        "memory": "carried" if config.bidirectional else _memory(meta),
+        "foreign": Foreign(streamable=False) if config.bidirectional else None,
         **_tensors(module),
         **_vocabulary(meta),
         "features": [Feature(**feature) for feature in meta.get("features", ())],
@@ -311,7 +337,7 @@ def _memory(meta: Mapping[str, Any]) -> str | dict[str, int]:
 
 def _tensors(module: RecurrentModel) -> dict[str, list[Any]]:
     inputs, outputs = graph.signature(module)
-    names = state_names(module.config.cell)
+    names = () if module.config.bidirectional else state_names(module.config.cell)
     states = [StateSpec.model_validate(_state(name, inputs[name])) for name in names]
     own = {name for state in states for name in (state.input, state.output)}
     return {"inputs": _specs(inputs, own), "outputs": _specs(outputs, own), "states": states}

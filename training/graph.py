@@ -16,14 +16,14 @@ import onnx
 from onnx import TensorProto, helper
 from torch import nn
 
-from training.cells import CELLS, input_weight, layer_drive
+from training.cells import CELLS, input_weight, layer_drive, layer_output
+from training.layers import GATES
 from training.model import ForecastHead, ModelConfig, OwnHead, RecurrentModel, ValueEncoder, state_names
-from training.nodes import Nodes, odd_series, softplus
+from training.nodes import Nodes, layer_norm, odd_series, softplus
 
 OPSET = 21
 IR_VERSION = 10
 FOLDED_BYTES = 32 * 2**20
-GATES = {"lstm": 4, "gru": 3, "rnn": 1, "rnn-relu": 1}
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "Relu", nn.Tanh: "Tanh", nn.Sigmoid: "Sigmoid"}
 SINE = [(-1) ** k / factorial(2 * k + 1) for k in range(6)]
 
@@ -34,12 +34,17 @@ def build(module: RecurrentModel, step: type[Nodes] = Nodes) -> onnx.ModelProto:
     """The module as a checked ONNX model, its step written by `step`; inputs and outputs as in `signature`."""
     constants: dict[str, TensorProto] = {}
     nodes = Nodes("", constants)
-    head = _head(nodes, module, _scan(nodes, module, _entries(nodes, module), step("step.", constants)))
+    head = named_outputs(nodes, module, _scan(nodes, module, _entries(nodes, module), step("step.", constants)))
     for name, value in head.items():
         nodes.name(value, name)
+    return finished(module, nodes)
+
+
+def finished(module: RecurrentModel, nodes: Nodes) -> onnx.ModelProto:
+    """The nodes as a checked model with the module's inputs and outputs."""
     inputs, outputs = signature(module)
     graph = helper.make_graph(
-        nodes.nodes, "step", _infos(inputs), _infos(outputs), initializer=list(constants.values())
+        nodes.nodes, "step", _infos(inputs), _infos(outputs), initializer=list(nodes.constants.values())
     )
     model = helper.make_model(
         graph,
@@ -55,7 +60,7 @@ def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
     """Inputs and outputs of the graph, states included: name -> (dtype, axes), time-major."""
     config = module.config
     axes: list[int | str] = [config.layers, "B", config.hidden]
-    states: Signature = dict.fromkeys(state_names(config.cell), ("float32", axes))
+    states: Signature = dict.fromkeys(() if config.bidirectional else state_names(config.cell), ("float32", axes))
     after: Signature = {f"{name}_next": spec for name, spec in states.items()}
     if config.vocabulary:
         entries: Signature = {"symbols": ("int64", ["T", "B"])}
@@ -81,7 +86,7 @@ def _infos(signature: Signature) -> list[onnx.ValueInfoProto]:
 def _entries(nodes: Nodes, module: RecurrentModel) -> str:
     """What the Scan reads at each step: rows of the folded table [T, B, G*H], or encoded values [T, B, E]."""
     if isinstance(module.encoder, ValueEncoder):
-        return _encode(nodes, module.encoder)
+        return encode(nodes, module.encoder)
     table = _folded_table(nodes, module) if folded(module.config) else _embedding(nodes, module.encoder)
     return nodes.add("Gather", table, "symbols", axis=0)
 
@@ -103,7 +108,7 @@ def _folded_table(nodes: Nodes, module: RecurrentModel) -> str:
     return nodes.constant("layer0.table", table.float())
 
 
-def _encode(nodes: Nodes, encoder: ValueEncoder) -> str:
+def encode(nodes: Nodes, encoder: ValueEncoder) -> str:
     """values [T, B, F] -> plain features standardised, then a (sin, cos) pair per periodic one: [T, B, E]."""
     parts = []
     if encoder.plain:
@@ -154,12 +159,13 @@ def _step(module: RecurrentModel, step: Nodes) -> onnx.GraphProto:
     config = module.config
     names = state_names(config.cell)
     befores = [f"{name}{i}" for name in names for i in range(config.layers)]
-    x, afters = "entry", {}
+    x = stream = "entry"
+    afters: dict[str, str] = {}
     for i in range(config.layers):
         drive = x if i == 0 and folded(config) else layer_drive(step, module, i, x)
         states = CELLS[config.cell](step, module, i, drive)
         afters.update({f"{name}{i}": value for name, value in zip(names, states, strict=True)})
-        x = states[0]
+        stream, x = layer_output(step, module, i, stream, states[0])
     raw = _layers(step, module, x)
     for name in befores:
         step.name(afters[name], f"{name}_next")
@@ -186,8 +192,7 @@ def _layer(step: Nodes, name: str, layer: nn.Module, x: str) -> str:
         case nn.Linear():
             return step.linear(x, f"{name}.weight", layer.weight.T, step.constant(f"{name}.bias", layer.bias))
         case nn.LayerNorm():
-            scale, bias = step.constant(f"{name}.scale", layer.weight), step.constant(f"{name}.bias", layer.bias)
-            return step.add("LayerNormalization", x, scale, bias, axis=-1, epsilon=layer.eps)
+            return layer_norm(step, name, layer, x)
         case nn.SiLU():
             return step.add("Mul", x, step.add("Sigmoid", x))
         case nn.LeakyReLU():
@@ -200,7 +205,7 @@ def _float_info(name: str, axes: list[Any]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
 
-def _head(nodes: Nodes, module: RecurrentModel, raw: str) -> dict[str, str]:
+def named_outputs(nodes: Nodes, module: RecurrentModel, raw: str) -> dict[str, str]:
     """Raw head values [T, B, N] -> the task's outputs."""
     head = module.head
     if isinstance(head, OwnHead) and head.targets:

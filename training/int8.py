@@ -8,13 +8,14 @@ All else stays float32: states, biases, gates, value inputs, the embedding and t
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from training.cells import input_weight, parameter
+from training.cells import input_weight, parameter, reads_h
 from training.model import RecurrentModel, State
 from training.nodes import Array, Nodes
 
@@ -71,42 +72,47 @@ class Columns:
 
 
 class Int8Rnn(nn.Module):
-    """What the graph computes, in PyTorch: an `nn.LSTM | nn.GRU | nn.RNN` on rounded h and weights."""
+    """What the graph computes, in PyTorch: the layers on rounded h and weights."""
 
     def __init__(self, module: RecurrentModel) -> None:
         super().__init__()
         config = module.config
-        self.cell, self.layers = config.cell, config.layers
+        self.config, self.norms = config, copy.deepcopy(module.rnn.norms)
         drives = [input_weight(module, i) for i in range(config.layers)]
         self.entry, self.biases = drives[0][0], [bias for _, bias in drives]
-        self.below = [Columns(weight) for weight, _ in drives[1:]]
+        self.below = [_product(weight, reads_h(config, i)) for i, (weight, _) in enumerate(drives)][1:]
         self.before = [Columns(parameter(module, f"weight_hh_l{i}").T) for i in range(config.layers)]
         self.reset_biases = [parameter(module, f"bias_hh_l{i}")[-config.hidden :] for i in range(config.layers)]
 
-    def forward(self, x: Tensor, state: State | Tensor) -> tuple[Tensor, State | Tensor]:
-        """[T, B, E] and the state -> the last layer's h [T, B, H], state'."""
-        states = [tensor.unbind() for tensor in (state if isinstance(state, tuple) else (state,))]
-        rows, tops = list(zip(*states, strict=True)), []
+    def forward(self, x: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """[T, B, E] and the state -> the top's output [T, B, H], state'."""
+        rows, tops = list(zip(*(tensor.unbind() for tensor in state), strict=True)), []
         for drive in x @ self.entry + self.biases[0]:
-            rows = self._step(drive, rows)
-            tops.append(rows[-1][0])
-        after = tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True))
-        return torch.stack(tops), after if isinstance(state, tuple) else after[0]
+            rows, top = self._step(drive, rows)
+            tops.append(top)
+        return torch.stack(tops), tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True))
 
-    def _step(self, drive: Tensor, rows: list[State]) -> list[State]:
-        """One step of all layers; a row is a layer's states."""
+    def _step(self, drive: Tensor, rows: list[State]) -> tuple[list[State], Tensor]:
+        """One step of all layers -> their states, the top's output; a row is a layer's states."""
         after: list[State] = []
+        x = stream = drive
         for i, row in enumerate(rows):
             if i:
-                drive = self.below[i - 1](after[-1][0]) + self.biases[i]
+                drive = self.below[i - 1](x) + self.biases[i]
             after.append(self._cell(i, drive, self.before[i](row[0]), row))
-        return after
+            h = after[-1][0]
+            stream = stream + h if self.config.skip and i else h
+            x = self.norms[i](stream) if self.config.norm else stream
+        return after, x
 
     def _cell(self, i: int, drive: Tensor, recurrent: Tensor, row: State) -> State:
         """A layer's states after a step; `recurrent` is the state's share of the gates."""
-        if self.cell == "rnn":
+        cell = self.config.cell
+        if cell == "rnn":
             return (torch.tanh(drive + recurrent),)
-        if self.cell == "gru":
+        if cell == "leaky":
+            return (row[0] + self.config.alpha * (torch.tanh(drive + recurrent) - row[0]),)
+        if cell == "gru":
             drives, recurrents = drive.chunk(3, dim=1), recurrent.chunk(3, dim=1)
             r, z = (torch.sigmoid(drives[gate] + recurrents[gate]) for gate in (0, 1))
             n = torch.tanh(drives[2] + r * (recurrents[2] + self.reset_biases[i]))
@@ -115,6 +121,11 @@ class Int8Rnn(nn.Module):
         i_gate, f_gate, o_gate = map(torch.sigmoid, gates)
         c = f_gate * row[1] + i_gate * torch.tanh(g)
         return o_gate * torch.tanh(c), c
+
+
+def _product(weight: Tensor, rounded: bool) -> Callable[[Tensor], Tensor]:
+    """The product with weights [K, N]: of a rounded h, or of any x in float32."""
+    return Columns(weight) if rounded else lambda x: x @ weight
 
 
 def simulated(module: RecurrentModel) -> RecurrentModel:

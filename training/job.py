@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,13 @@ from training.checkpoint import environment
 from training.config import Recipe, RecipeError
 from training.corpora import load_corpus
 from training.data import Corpus
+from training.device import resolved
 from training.model import ForecastHead, ModelConfig, RecurrentModel, ValueEncoder
 from training.tasks import TASKS, Task
+
+ALIKE = ["dropout", "input_dropout", "weight_dropout", "locked", "skip", "norm", "tied", "start", "forget_bias"]
+ALIKE += ["chrono", "alpha", "bidirectional"]
+"""Keys that a recipe and a model's config have in common."""
 
 
 @dataclass
@@ -31,12 +37,18 @@ class Job:
     meta: dict[str, Any]
     baselines: dict[str, float]
     """Figures on the validation part, in the task's unit."""
+    average: RecurrentModel | None = None
+    """The weights' running mean, if the recipe wants one."""
+
+    @property
+    def judged(self) -> RecurrentModel:
+        """The model that is scored, kept and exported."""
+        return self.average or self.model
 
 
 def prepare(recipe: Recipe, cache: Path, command: str) -> Job:
     """Seeds, loads the data and builds everything; raises before any training if the data cannot be used."""
-    if recipe.train.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("train.device is cuda, but torch finds no such device here: use cpu")
+    recipe = resolved(recipe)
     torch.manual_seed(recipe.train.seed)
     corpus = load_corpus(recipe, cache)
     config = model_config(recipe, corpus)
@@ -49,7 +61,8 @@ def prepare(recipe: Recipe, cache: Path, command: str) -> Job:
     model.to(recipe.train.device)
     optimiser = build_optimiser(model, recipe)
     meta = build_meta(recipe, corpus, config, command)
-    return Job(recipe, corpus, model, optimiser, batches, task, meta, beside)
+    average = copy.deepcopy(model) if recipe.train.average else None
+    return Job(recipe, corpus, model, optimiser, batches, task, meta, beside, average)
 
 
 def model_config(recipe: Recipe, corpus: Corpus) -> ModelConfig:
@@ -74,7 +87,7 @@ def _config(recipe: Recipe, corpus: Corpus) -> ModelConfig:
         quantiles=shape.quantiles if recipe.task == "forecaster" else (),
         labels=len(corpus.labels),
         residual=shape.residual and recipe.task == "forecaster",
-        dropout=shape.dropout,
+        **{name: getattr(shape, name) for name in ALIKE},
     )
 
 
@@ -104,6 +117,8 @@ def build_optimiser(model: RecurrentModel, recipe: Recipe) -> torch.optim.Optimi
 def build_batches(recipe: Recipe, corpus: Corpus) -> Batches:
     """The data set of the recipe's form."""
     train = recipe.train
+    if recipe.model.bidirectional:
+        return StreamSet(corpus.train, train.batch, max(map(len, corpus.train)), whole=True)
     if train.form == "windowed":
         return WindowSet(corpus.train, train.batch, train.steps, train.stride)
     return StreamSet(corpus.train, train.batch, train.steps)

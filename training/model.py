@@ -1,4 +1,4 @@
-"""The network: encoder, a plain `nn.LSTM | nn.GRU | nn.RNN`, and one linear head per task.
+"""The network: encoder, recurrent layers (`layers.py`), and one linear head per task.
 
 Everything is time-major. The state goes in and comes out; the module keeps none of it.
 """
@@ -6,14 +6,15 @@ Everything is time-major. The state goes in and comes out; the module keeps none
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from training.layers import STARTS, Layers, drop
 
 State = tuple[Tensor, ...]
 """(h, c) for lstm, (h,) otherwise; each [layers, B, hidden]."""
@@ -21,7 +22,7 @@ State = tuple[Tensor, ...]
 TASKS = ("language-model", "forecaster", "classifier")
 OWN_TASKS = (*TASKS, "regressor")
 """those of networks that were trained elsewhere"""
-CELLS = ("rnn", "rnn-relu", "gru", "lstm")
+CELLS = ("rnn", "rnn-relu", "leaky", "gru", "lstm")
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,47 @@ class ModelConfig:
     labels: int = 0
     residual: bool = False
     dropout: float = 0.0
+    input_dropout: float = 0.0
+    weight_dropout: float = 0.0
+    locked: bool = False
+    skip: bool = False
+    norm: bool = False
+    tied: bool = False
+    start: str = "orthogonal"
+    forget_bias: float = 1.0
+    chrono: int = 0
+    alpha: float = 0.1
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (("task", self.task, OWN_TASKS), ("cell", self.cell, CELLS)):
+        for name, value, known in (
+            ("task", self.task, OWN_TASKS),
+            ("cell", self.cell, CELLS),
+            ("start", self.start, STARTS),
+        ):
             if value not in known:
                 raise ValueError(f"model.{name} is {value!r}; it must be one of {', '.join(known)}")
         if min(self.layers, self.hidden) < 1:
             raise ValueError("model.layers and model.hidden must be at least 1")
+        if not all(0 <= share < 1 for share in (self.dropout, self.input_dropout, self.weight_dropout)):
+            raise ValueError(
+                "model.dropout, model.input_dropout and model.weight_dropout must be at least 0 and below 1"
+            )
+        if not 0 < self.alpha <= 1:
+            raise ValueError("model.alpha is the share of a leaky state that is new at each step: above 0, at most 1")
+        if self.chrono and (self.chrono < 3 or self.cell not in ("lstm", "gru")):
+            raise ValueError("model.chrono is the longest memory in steps, 3 or more, of an lstm or a gru")
+        if self.tied and (self.task != "language-model" or self.embedding != self.hidden):
+            raise ValueError("model.tied is for language models, and needs model.embedding equal to model.hidden")
+        if self.bidirectional and self.task in ("language-model", "forecaster"):
+            raise ValueError(f"model.bidirectional is not for a {self.task}: it would read what it is to predict")
         if list(self.quantiles) != sorted(set(self.quantiles)) or not all(0 < q < 1 for q in self.quantiles):
             raise ValueError("model.quantiles must ascend and lie between 0 and 1")
+
+    @property
+    def width(self) -> int:
+        """Of what the head reads."""
+        return self.hidden * (2 if self.bidirectional else 1)
 
     def to_json(self) -> dict[str, Any]:
         """A dict that survives a trip through JSON and `from_json`."""
@@ -174,7 +207,7 @@ class RecurrentModel(nn.Module):
     """inputs, state -> outputs, state'; the same function in training, evaluation and export."""
 
     encoder: nn.Embedding | ValueEncoder
-    rnn: nn.LSTM | nn.GRU | nn.RNN
+    rnn: Layers
     head: LanguageHead | ClassifierHead | ForecastHead | OwnHead
 
     def __init__(self, config: ModelConfig) -> None:
@@ -186,14 +219,11 @@ class RecurrentModel(nn.Module):
         else:
             self.encoder = ValueEncoder(config.periods)
             width = self.encoder.width
-        relu = partial(nn.RNN, nonlinearity="relu")
-        cells: dict[str, Callable[..., nn.LSTM | nn.GRU | nn.RNN]] = {"rnn": nn.RNN, "rnn-relu": relu}
-        cell = (cells | {"gru": nn.GRU, "lstm": nn.LSTM})[config.cell]
-        between = config.dropout if config.layers > 1 else 0.0
-        self.rnn = cell(width, config.hidden, num_layers=config.layers, dropout=between)
-        self.dropout = nn.Dropout(config.dropout)
+        self.rnn = Layers(width, config)
         self.head = _head(config)
-        _initialise(self.rnn, config)
+        if config.tied and isinstance(self.encoder, nn.Embedding) and isinstance(self.head, LanguageHead):
+            nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+            self.head.linear.weight = self.encoder.weight
 
     def initial_state(self, batch: int) -> State:
         """Zeros, each [layers, batch, hidden] float32, on the model's device."""
@@ -201,15 +231,15 @@ class RecurrentModel(nn.Module):
         shape = (self.config.layers, batch, self.config.hidden)
         return tuple(torch.zeros(shape, device=device) for _ in state_names(self.config.cell))
 
-    def forward(self, inputs: Tensor, state: State) -> tuple[dict[str, Tensor], State]:
-        """[T, B] int64 symbols or [T, B, F] float32 values, and the state -> outputs at each step, state'."""
-        encoded = self.encoder(inputs)
-        if self.config.cell == "lstm":
-            hidden, after = self.rnn(encoded, state)
-        else:
-            hidden, h = self.rnn(encoded, state[0])
-            after = (h,)
-        return self.head(self.dropout(hidden), inputs), after
+    def forward(self, inputs: Tensor, state: State, lengths: Tensor | None = None) -> tuple[dict[str, Tensor], State]:
+        """[T, B] int64 symbols or [T, B, F] float32 values, and the state -> outputs at each step, state'.
+
+        Only a bidirectional model asks for the rows' lengths [B], all T if not given: it begins at their ends.
+        """
+        config = self.config
+        encoded = drop(self.encoder(inputs), config.input_dropout, self.training, config.locked)
+        hidden, after = self.rnn(encoded, state, lengths)
+        return self.head(drop(hidden, config.dropout, self.training, config.locked), inputs), after
 
 
 def state_names(cell: str) -> tuple[str, ...]:
@@ -221,19 +251,5 @@ def _head(config: ModelConfig) -> LanguageHead | ClassifierHead | ForecastHead:
     if config.task == "language-model":
         return LanguageHead(config.hidden, config.vocabulary)
     if config.task == "classifier":
-        return ClassifierHead(config.hidden, config.labels)
+        return ClassifierHead(config.width, config.labels)
     return ForecastHead(config)
-
-
-def _initialise(rnn: nn.Module, config: ModelConfig) -> None:
-    """Orthogonal recurrent weights, gate by gate, and forget bias 1: memory lasts from the first step on.
-
-    The orthogonal start took 0.06 bits per character off a 2 x 384 LSTM after 1,500 steps.
-    """
-    for name, parameter in rnn.named_parameters():
-        if "weight_hh" in name:
-            for gate in torch.split(parameter.data, config.hidden):
-                nn.init.orthogonal_(gate)
-        elif "bias" in name and config.cell == "lstm":
-            # torch adds two biases, so only one of them opens the gate
-            parameter.data[config.hidden : 2 * config.hidden] = 1.0 if "bias_ih" in name else 0.0

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 ATANH = [1 / (2 * k + 1) for k in range(7)]
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Attribute = int | float | onnx.GraphProto
+Attribute = int | float | str | list[int] | list[str] | onnx.GraphProto
 
 
 class Nodes:
@@ -59,6 +59,12 @@ class Nodes:
     def product(self, h: str, name: str, weight: Tensor, addend: str) -> str:
         """The same of a hidden state, which is known to lie in [-1, 1]."""
         return self.linear(h, name, weight, addend)
+
+
+def layer_norm(nodes: Nodes, name: str, norm: nn.LayerNorm, x: str) -> str:
+    """x [B, H] normalised row by row; each row's sums are made in one order, wherever it lies (measured)."""
+    scale, bias = nodes.constant(f"{name}.scale", norm.weight), nodes.constant(f"{name}.bias", norm.bias)
+    return nodes.add("LayerNormalization", x, scale, bias, axis=-1, epsilon=norm.eps)
 
 
 def odd_series(nodes: Nodes, x: str, coefficients: list[float]) -> str:

@@ -45,10 +45,13 @@ def check(module: RecurrentModel, graph: bytes, int8: bool = False) -> dict[str,
         "batches": list(BATCHES),
         "chunks": list(CHUNKS),
         "threads": list(THREADS),
-        "onnxruntime": onnxruntime.__version__,
-        "torch": str(torch.__version__),
-        "cpu": cpu_kind(),
+        **computed_with(),
     }
+
+
+def computed_with() -> dict[str, str]:
+    """What the figures of a check depend on."""
+    return {"onnxruntime": onnxruntime.__version__, "torch": str(torch.__version__), "cpu": cpu_kind()}
 
 
 def check_parity(module: RecurrentModel, step: Step) -> dict[str, float]:
@@ -143,13 +146,13 @@ def fold(step: Step, entries: Array, lengths: list[int], states: Tensors) -> Ten
 def torch_step(module: RecurrentModel) -> Step:
     """The module itself, in evaluation mode."""
     module.eval()
-    names = state_names(module.config.cell)
+    names = () if module.config.bidirectional else state_names(module.config.cell)
 
     def step(entries: Array, states: Tensors) -> tuple[Tensors, Tensors]:
         with torch.inference_mode():
-            before = tuple(torch.from_numpy(states[name]) for name in names)
+            before = tuple(torch.from_numpy(states[name]) for name in names) or module.initial_state(entries.shape[1])
             outputs, after = module(torch.from_numpy(entries), before)
-        named = {name: value.numpy() for name, value in zip(names, after, strict=True)}
+        named = {name: value.numpy() for name, value in zip(names, after, strict=bool(names))}
         return {name: value.numpy() for name, value in outputs.items()}, named
 
     return step
@@ -180,7 +183,8 @@ def _open(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
 def zero_states(module: RecurrentModel, batch: int) -> Tensors:
     """The state at position 0, each [layers, B, hidden] float32."""
     shape = (module.config.layers, batch, module.config.hidden)
-    return {name: np.zeros(shape, np.float32) for name in state_names(module.config.cell)}
+    names = () if module.config.bidirectional else state_names(module.config.cell)
+    return {name: np.zeros(shape, np.float32) for name in names}
 
 
 def plausible_entries(module: RecurrentModel, T: int, batch: int, seed: int = 0) -> Array:
@@ -234,7 +238,7 @@ def _output_distances(module: RecurrentModel, ours: Tensors, theirs: Tensors) ->
 
 
 def _state_distance(ours: Tensors, theirs: Tensors) -> float:
-    return max(map(_greatest, _state_distances(ours, theirs)))
+    return max(map(_greatest, _state_distances(ours, theirs)), default=0.0)
 
 
 def _state_distances(ours: Tensors, theirs: Tensors) -> list[Array]:

@@ -1,4 +1,7 @@
-"""What a run says while it trains: a bar on a terminal, plain lines elsewhere, JSON lines, or nothing."""
+"""What a run says while it trains: a bar on a terminal, plain lines elsewhere, JSON lines, or nothing.
+
+Beside that each evaluation can go to a file as a line of JSON, and to TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,17 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from training.config import RecipeError
+
 PLAIN_EVERY_S = 10.0
+BOARD = "tensorboard"
+CURVES = ("train", "validation", "learning_rate", "clipped")
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,41 @@ class Line:
         return f"step {self.step:>6}  {self.figure:8.4f}  {self.rate:8,.0f} steps/s  ETA {_clock(self.eta_s)}"
 
 
-class Report:
-    """Chooses one of four voices once and speaks in it."""
+class Board(Protocol):
+    """TensorBoard's writer, as far as it is used."""
 
-    def __init__(self, unit: str, *, quiet: bool = False, log_json: bool = False) -> None:
-        self.unit, self.quiet, self.log_json = unit, quiet, log_json
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """One point of a curve."""
+        ...
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        ...
+
+
+def board(run: Path) -> Board:
+    """Curves in the run's folder; RecipeError where the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RecipeError("train.tensorboard needs a package: pip install tensorboard, or leave it out") from error
+    writer: Board = SummaryWriter(str(run / BOARD))
+    return writer
+
+
+class Report:
+    """Chooses one of four voices once and speaks in it; `log` and `board` get the evaluations in any case."""
+
+    def __init__(
+        self,
+        unit: str,
+        *,
+        quiet: bool = False,
+        log_json: bool = False,
+        log: Path | None = None,
+        board: Board | None = None,
+    ) -> None:
+        self.unit, self.quiet, self.log_json, self.log, self.board = unit, quiet, log_json, log, board
         self.console = Console(soft_wrap=True, highlight=False)
         self._spoken = 0.0
         self._bar: Progress | None = None
@@ -60,10 +98,18 @@ class Report:
 
     def event(self, kind: str, text: str, data: dict[str, Any]) -> None:
         """Something worth a line of its own."""
+        line = json.dumps({"event": kind, **data}, ensure_ascii=False)
+        if self.log is not None and kind == "evaluation":
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        if self.board is not None and kind == "evaluation":
+            for name in CURVES:
+                self.board.add_scalar(name, data[name], data["step"])
+            self.board.flush()
         if self.quiet:
             return
         if self.log_json:
-            print(json.dumps({"event": kind, **data}, ensure_ascii=False), flush=True)
+            print(line, flush=True)
         else:
             self.console.print(text, markup=False)
             sys.stdout.flush()

@@ -93,8 +93,9 @@ def forecasts_shown(model: RecurrentModel, corpus: Corpus, sequence: Sequence, p
 @torch.no_grad()
 def labels_shown(model: RecurrentModel, corpus: Corpus, sequence: Sequence, steps: int = 24) -> str:
     """The first steps as input/label, an asterisk where the label is wrong."""
-    outputs, _ = model(sequence.inputs[:steps, None], model.initial_state(1))
-    said = outputs["logits"][:, 0].argmax(dim=-1)
+    read = len(sequence) if model.config.bidirectional else steps
+    outputs, _ = model(sequence.inputs[:read, None], model.initial_state(1))
+    said = outputs["logits"][:steps, 0].argmax(dim=-1)
     words = [corpus.symbols[i] for i in sequence.inputs[:steps].tolist()] if corpus.symbols else ["step"] * len(said)
     wrong = ["" if a == b else "*" for a, b in zip(said.tolist(), sequence.targets[:steps].tolist(), strict=True)]
     parts = zip(words, [corpus.labels[i] for i in said.tolist()], wrong, strict=True)
