@@ -164,6 +164,6 @@ def collate(sequences: list[Sequence], spans: list[tuple[int, int, int, bool]]) 
         column = first.new_zeros((longest, len(spans), *first.shape[1:]))
         for row, (sequence, start, stop, _) in enumerate(spans):
             column[: stop - start, row] = getattr(sequences[sequence], name)[start:stop]
-        columns[name] = column
+        columns[name] = column.long() if column.dtype == torch.uint8 else column  # bytes of a mapped file
     fresh = torch.tensor([fresh for *_, fresh in spans])
     return Batch(**columns, fresh=fresh, spans=[span[:3] for span in spans])
