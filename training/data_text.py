@@ -33,7 +33,7 @@ MAPPED_BYTES = 64 * 2**20
 """a longer file is not read but mapped, where its bytes are the symbols"""
 HELD_BYTES = 2**30
 """characters and pairs are held in memory, many bytes each"""
-SCORED_BYTES = 2 * 2**20
+SCORED_BYTES = 2**19
 """of a mapped file so much is enough to judge by"""
 
 
