@@ -61,6 +61,12 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASSED_ON)
+def backtest(context: typer.Context) -> None:
+    """Score a forecaster from every step of a series, in one streamed pass."""
+    hand_over("backtest", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
 def sample(context: typer.Context) -> None:
     """Show what a run's model says."""
     hand_over("sample", context.args)

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from service import bytepairs
+
 MANIFEST = "manifest.json"
 GRAPH = "model.onnx"
 GOLDEN = "golden.safetensors"
@@ -119,20 +121,43 @@ class Target(_Strict):
 
 
 class Splitter(_Strict):
-    """How a string becomes symbols: one a character, or words and single punctuation marks."""
+    """How a string becomes symbols: one a character, words and single punctuation marks, or bytes and pairs of them."""
 
-    kind: Literal["characters", "words"]
+    kind: Literal["characters", "words", "bytes"]
     lowercase: bool = False
+    merges: tuple[str, ...] = Field(
+        default=(),
+        max_length=65_536,
+        description="bytes: symbols that become one, `a b`, in the order they were learnt",
+    )
+
+    @field_validator("merges")
+    @classmethod
+    def _merges_are_pairs(cls, merges: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [merge for merge in merges if not bytepairs.is_merge(merge)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not two symbols with a space between them")
+        return merges
+
+    @cached_property
+    def _pairs(self) -> bytepairs.BytePairs:
+        return bytepairs.BytePairs(self.merges)
 
     def split(self, text: str) -> list[str]:
         """The symbols of a text, in order."""
         text = text.lower() if self.lowercase else text
+        if self.kind == "bytes":
+            return self._pairs.split(text)
         return list(text) if self.kind == "characters" else _WORD.findall(text)
 
     @property
     def separator(self) -> str:
         """What stands between two symbols in a text."""
-        return "" if self.kind == "characters" else " "
+        return " " if self.kind == "words" else ""
+
+    def text(self, symbol: str) -> str:
+        """A symbol as people read it; U+FFFD where its bytes are no whole characters."""
+        return bytepairs.to_bytes(symbol).decode("utf-8", "replace") if self.kind == "bytes" else symbol
 
 
 class Window(_Strict):
@@ -185,6 +210,9 @@ class Manifest(_Strict):
     start_symbol: str | None = None
     features: tuple[Feature, ...] = ()
     targets: tuple[Target, ...] = ()
+    horizons: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1,), min_length=1, description="how many steps ahead a forecaster predicts, all at once; ascending"
+    )
     quantiles: tuple[float, ...] = ()
     labels: tuple[str, ...] = ()
     sampler: Literal["inverse-cdf-1"] = "inverse-cdf-1"
@@ -202,6 +230,8 @@ class Manifest(_Strict):
                 raise ValueError("symbols repeat")
             if self.start_symbol is not None and self.start_symbol not in self.symbols:
                 raise ValueError("start_symbol is not one of the symbols")
+            if self.splitter.kind == "bytes" and list(self.symbols) != bytepairs.vocabulary(self.splitter.merges):
+                raise ValueError("symbols are not the 256 bytes and what the splitter's merges make of them")
         if self.input_kind == "values" and not self.features:
             raise ValueError("input_kind 'values' needs features")
         if self.task == "language-model" and not self.symbols:
@@ -214,6 +244,8 @@ class Manifest(_Strict):
             raise ValueError(f"a state named {WINDOW!r} or {WINDOW_LENGTH!r} cannot be kept beside a window")
         if list(self.quantiles) != sorted(set(self.quantiles)) or any(not 0 < q < 1 for q in self.quantiles):
             raise ValueError("quantiles must be ascending numbers between 0 and 1")
+        if list(self.horizons) != sorted(set(self.horizons)) or (self.horizons != (1,) and self.task != "forecaster"):
+            raise ValueError("horizons must be ascending numbers of a forecaster")
         return self
 
     @model_validator(mode="after")
@@ -254,13 +286,15 @@ class Manifest(_Strict):
     @property
     def needed_shapes(self) -> dict[str, tuple[int, ...]]:
         """What a row of each output must look like for the task; none for a raw model."""
-        K, Q = len(self.targets), len(self.quantiles)
+        K, Q = len(self.targets) * len(self.horizons), len(self.quantiles)
         match self.task:
             case "language-model":
                 return {"logits": (len(self.symbols),)}
             case "classifier":
                 given = {spec.name for spec in self.outputs}
                 return {"probabilities" if "probabilities" in given else "logits": (len(self.labels),)}
+            case "multi-label":
+                return {"logits": (len(self.labels),)}
             case "forecaster" | "regressor":
                 return {"mean": (K,)} | ({"quantiles": (Q, K)} if Q else {})
             case _:

@@ -172,7 +172,14 @@ class Registry:
         log.error("model_skipped", model=name, reason=reason)
 
     def _open(self, bundle: Bundle) -> Model:
-        if bundle.manifest.task not in ("language-model", "forecaster", "regressor", "classifier", "raw"):
+        if bundle.manifest.task not in (
+            "language-model",
+            "forecaster",
+            "regressor",
+            "classifier",
+            "multi-label",
+            "raw",
+        ):
             raise BundleError(f"its task {bundle.manifest.task!r} is not served by this version")
         runner = open_runner(bundle, self._settings.threads)
         s = self._settings

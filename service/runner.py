@@ -302,7 +302,7 @@ def _compare(manifest: Manifest, golden: dict[str, Array], whole: Folded) -> Non
 
 
 def _target_std(manifest: Manifest) -> Array:
-    return np.array([target.std for target in manifest.targets] or [1.0])
+    return np.array([target.std for target in manifest.targets] * len(manifest.horizons) or [1.0])
 
 
 def check_close(name: str, found: Array, expected: Array, tolerance: float) -> None:

@@ -4,12 +4,14 @@ An entry is one input of the network as the log keeps it: a symbol's id (int32),
 (float32, in the data's own units), or the tensors of a raw model in the graph's own types.
 """
 
+import codecs
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from service import bytepairs
 from service.bundle import Feature, Manifest
 from service.errors import Problem, invalid
 from service.sampling import log_softmax
@@ -35,6 +37,10 @@ class Codec:
         self.symbolic = bool(manifest.symbols)
         self._ids = {symbol: i for i, symbol in enumerate(manifest.symbols)}
         self._table = _character_table(manifest) if self.symbolic else None
+        splitter = manifest.splitter
+        self._texts = [splitter.text(s) for s in manifest.symbols] if splitter is not None else list(manifest.symbols)
+        self.in_bytes = splitter is not None and splitter.kind == "bytes"
+        """whether a symbol may be a part of a character"""
         self._features = {feature.name: i for i, feature in enumerate(manifest.features)}
         self._target_features = [self._features.get(target.name) for target in manifest.targets]
         self._tensors = Tensors(manifest.inputs) if manifest.input_kind == "tensors" else None
@@ -42,7 +48,9 @@ class Codec:
         self.entry_shape: tuple[int, ...] = () if self.symbolic else (len(manifest.features),)
         if self._tensors is not None:
             self.entry_dtype, self.entry_shape = self._tensors.entry_dtype, self._tensors.entry_shape
-        judged = {"language-model": "logits", "forecaster": "quantiles" if manifest.quantiles else ""}
+        self._next_is_said = manifest.horizons[0] == 1
+        quantiles = "quantiles" if manifest.quantiles and self._next_is_said else ""
+        judged = {"language-model": "logits", "forecaster": quantiles}
         self.judged = judged.get(manifest.task, "")
         """the output that says how unexpected an entry was, if there is one"""
 
@@ -187,7 +195,7 @@ class Codec:
 
     def text(self, symbol: int) -> str:
         """A symbol as people read it."""
-        return self.manifest.symbols[symbol]
+        return self._texts[symbol]
 
     # ------------------------------------------------------------------ outputs
 
@@ -228,6 +236,11 @@ class Codec:
                 given = outputs.get("probabilities")
                 probabilities = given if given is not None else np.exp(log_softmax(outputs["logits"]))
                 return [self._classified(row) for row in probabilities]
+            case "multi-label":
+                chances = 1 / (1 + np.exp(-np.clip(outputs["logits"].astype(np.float64), -700, 700)))
+                return [
+                    {"probabilities": dict(zip(self.manifest.labels, row, strict=True))} for row in chances.tolist()
+                ]
             case "raw":
                 listed = {name: array.tolist() for name, array in outputs.items()}
                 return [{"outputs": dict(zip(listed, row, strict=True))} for row in zip(*listed.values(), strict=True)]
@@ -242,7 +255,7 @@ class Codec:
         logprobs = log_softmax(logits)
         order = _most_likely(logprobs, count)
         likely = zip(order.tolist(), logprobs[np.arange(len(order))[:, None], order].tolist(), strict=True)
-        symbols = self.manifest.symbols
+        symbols = self._texts
         return [
             [{"token": i, "text": symbols[i], "logprob": p} for i, p in zip(ids, ps, strict=True)] for ids, ps in likely
         ]
@@ -255,6 +268,15 @@ class Codec:
         }
 
     def _forecast(self, outputs: Output, i: int) -> dict[str, Any]:
+        horizons, K = self.manifest.horizons, len(self.manifest.targets)
+        if horizons == (1,):
+            return self._values(outputs, i)
+        parts = (
+            {name: array[..., j * K : (j + 1) * K] for name, array in outputs.items()} for j in range(len(horizons))
+        )
+        return {"horizons": {str(h): self._values(part, i) for h, part in zip(horizons, parts, strict=True)}}
+
+    def _values(self, outputs: Output, i: int) -> dict[str, Any]:
         names = [target.name for target in self.manifest.targets]
         shown: dict[str, Any] = {"mean": dict(zip(names, outputs["mean"][i].tolist(), strict=True))}
         if self.manifest.quantiles:
@@ -266,7 +288,15 @@ class Codec:
 
     def forecast(self, output: Output) -> dict[str, Any]:
         """One step of a forecast for the outputs at one position."""
-        return self._forecast({name: array[None] for name, array in output.items()}, 0)
+        return self._values({name: array[None] for name, array in output.items()}, 0)
+
+    def one_ahead(self, output: Output) -> Output:
+        """What the outputs at one position say of the next step alone: what a forecast feeds back."""
+        if not self._next_is_said:
+            said = ", ".join(map(str, self.manifest.horizons))
+            detail = f"{self.manifest.name} says only what comes {said} steps ahead, which the answer to steps holds"
+            raise Problem("task_mismatch", detail)
+        return {name: array[..., : len(self.manifest.targets)] for name, array in output.items()}
 
     def _surprise(self, expected: Array, entries: Array) -> Array | None:
         """How unexpected each entry was, [n] float64; NaN where nothing was predicted."""
@@ -379,13 +409,13 @@ class TextStream:
         self._codec = codec
         self._stop = stop
         self._separator = codec.manifest.splitter.separator if codec.manifest.splitter else ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace") if codec.in_bytes else None
         self._begun = False
         self._held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
         """(the text that is certain now, whether a stop string ended it)."""
-        self._held += (self._separator if self._begun else "") + self._codec.text(token)
-        self._begun = True
+        self._held += self._piece(token)
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
             text, self._held = self._held[: min(found)], ""
@@ -397,11 +427,7 @@ class TextStream:
     def extend(self, tokens: Sequence[int]) -> tuple[list[str], bool]:
         """What `push` gives for each, up to the one at which a stop string ended it."""
         if not self._stop:
-            texts = [self._separator + self._codec.text(token) for token in tokens]
-            if not self._begun and texts:
-                texts[0] = texts[0][len(self._separator) :]
-            self._begun = True
-            return texts, False
+            return [self._piece(token) for token in tokens], False
         texts = []
         for token in tokens:
             text, stopped = self.push(token)
@@ -413,7 +439,14 @@ class TextStream:
     def flush(self) -> str:
         """The text still held back, once no token can follow."""
         text, self._held = self._held, ""
-        return text
+        return text + (self._decoder.decode(b"", final=True) if self._decoder is not None else "")
+
+    def _piece(self, token: int) -> str:
+        """A token's own text: nothing while a character is not whole."""
+        if self._decoder is not None:
+            return self._decoder.decode(bytepairs.to_bytes(self._codec.manifest.symbols[token]))
+        gap, self._begun = (self._separator if self._begun else ""), True
+        return gap + self._codec.text(token)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,4 +1,4 @@
-"""`python -m training train|evaluate|sample|look|lecture|export`, also mounted as `recurra train|...`."""
+"""`python -m training train|evaluate|backtest|sample|look|lecture|export`, also mounted as `recurra train|...`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from rich.table import Table
 
 from service.bundle import MAX_WINDOW, Window, load
 from training import loop
+from training.backtest import backtest_run
+from training.calibrate import calibrate_run
 from training.checkpoint import CheckpointError, load_model
 from training.config import RecipeError, read_recipe, recipe_from, recipe_names
-from training.corpora import load_corpus
+from training.corpora import OWN, load_corpus
 from training.data import DataError
 from training.evaluate import evaluate_run
 from training.job import Job, prepare
 from training.processes import Group, together
 from training.report import Report, board
 from training.run import NonFiniteError
-from training.sample import AHEAD, labels_shown, roll, sample_text
+from training.sample import AHEAD, labels_shown, notes_shown, roll, sample_text, values_shown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Cache = Annotated[Path, typer.Option(help="Where fetched source archives are kept.")]
@@ -44,11 +46,18 @@ def main() -> None:
 def train(
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml file.")] = "",
     out: Annotated[Path | None, typer.Option(help="The run's folder (runs/<recipe>); nothing else is written.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Your own .txt or .csv instead of the recipe's data.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Your own .txt, .csv, .parquet or .tsv (pairs) instead of the recipe's data.")
+    ] = None,
     time: Annotated[str, typer.Option(help="CSV: the column of times; rows are sorted by it.")] = "",
     target: Annotated[list[str] | None, typer.Option(help="CSV: a column to forecast; may be repeated.")] = None,
+    horizon: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Forecast so many steps ahead; may be repeated, all are said at once."),
+    ] = None,
     series: Annotated[str, typer.Option(help="CSV: the column of entities; state and split are per entity.")] = "",
     label: Annotated[str, typer.Option(help="CSV: the column of labels to classify into, row by row.")] = "",
+    tokens: Annotated[str, typer.Option(help="Text: characters, bytes, or bpe.")] = "",
     max_minutes: Annotated[float | None, typer.Option(help="Stop then; the schedule follows the clock.")] = None,
     seed: Annotated[int | None, typer.Option(help="For weights, order and dropout.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
@@ -58,6 +67,9 @@ def train(
     accumulate: Annotated[int | None, typer.Option(help="Parts a batch is learnt from in: less memory.")] = None,
     average: Annotated[float | None, typer.Option(help="Export a running mean of the weights: 0.999.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Begin with the best weights of another run's folder (fine-tuning).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, e.g. model.hidden=512.")
@@ -90,20 +102,27 @@ def train(
         "train.patience": patience,
         "train.tensorboard": tensorboard or None,
     }
-    changes = data_changes(data, time, target or [], series, label)
+    changes = data_changes(data, time, target or [], series, label, horizon or [], tokens)
     changes += [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     json_lines = log_json == "-"
     with plain_errors(), together() as group:
         name = recipe or default_recipe(data, label)
-        chosen = recipe_from(read_recipe(name), [*changes, *(overrides or [])])
+        chosen = recipe_from(own_file(read_recipe(name), data), [*changes, *(overrides or [])])
         torch.set_num_threads(chosen.train.threads)
         with group.leader_first():
-            job = prepare(chosen, cache, "python -m training " + shlex.join(sys.argv[1:]))
+            job = prepare(
+                chosen, cache, "python -m training " + shlex.join(sys.argv[1:]), None if resume else init_from
+            )
         folder = out or Path("runs") / chosen.name
         log = Path(log_json) if log_json and not json_lines and group.leads else None
         curves = board(folder) if job.recipe.train.tensorboard and group.leads else None
         report = Report(job.task.unit, quiet=quiet or not group.leads, log_json=json_lines, log=log, board=curves)
         run(job, folder, report, resume, group)
+        if job.model.config.quantiles and group.leads:
+            steps = calibrate_run(folder, job.corpus)
+            if not (quiet or json_lines):
+                done = f"calibrated on {steps:,} held-out steps" if steps else "not calibrated: too few held-out steps"
+                typer.echo(f"quantiles {done}")
         if evaluation and group.leads:
             if not (quiet or json_lines):
                 typer.echo(f"scoring the test part, {sum(map(len, job.corpus.test)):,} steps")
@@ -148,6 +167,20 @@ def evaluate(run: RunFolder, cache: Cache = CACHE, threads: Annotated[int, typer
 
 
 @app.command()
+def backtest(
+    run: RunFolder,
+    horizon: Annotated[int, typer.Option(min=1, max=10_000, help="Steps ahead.")] = 1,
+    data: Annotated[Path | None, typer.Option(help="Another file with the same columns; all of it is scored.")] = None,
+    cache: Cache = CACHE,
+    threads: Annotated[int, typer.Option()] = 1,
+) -> None:
+    """Score a forecaster's forecasts from every step, in one streamed pass; the last line is JSON."""
+    torch.set_num_threads(threads)
+    with plain_errors():
+        show_metrics(backtest_run(run, cache, horizon, data))
+
+
+@app.command()
 def sample(
     run: RunFolder,
     prompt: Annotated[str, typer.Option(help="Text models: what comes before.")] = "",
@@ -163,8 +196,9 @@ def sample(
             typer.echo(prompt + sample_text(model, meta, prompt, length or 300, temperature, seed))
             return
         corpus = load_corpus(recipe_from(meta["recipe"]), cache)
-        if meta["task"] == "classifier":
-            typer.echo(labels_shown(model, corpus, corpus.test[0], length or 24))
+        shows = {"classifier": labels_shown, "multi-label": notes_shown, "regressor": values_shown}
+        if meta["task"] in shows:
+            typer.echo(shows[meta["task"]](model, corpus, corpus.test[0], length or 24))
             return
         table = Table("step", *corpus.target_names, title=f"{corpus.test[0].name}, after the last row")
         for i, row in enumerate(roll(model, corpus.test[0].inputs, length or AHEAD).tolist()):
@@ -324,21 +358,33 @@ def recipes() -> None:
     typer.echo("\n".join(recipe_names()))
 
 
-def data_changes(data: Path | None, time: str, target: list[str], series: str, label: str) -> list[str]:
+def data_changes(
+    data: Path | None, time: str, target: list[str], series: str, label: str, horizon: list[int], tokens: str
+) -> list[str]:
     """The overrides that the data flags stand for."""
     changes: dict[str, Any] = {"data.time": time, "data.targets": target, "data.series": series, "data.label": label}
+    changes |= {"data.horizons": sorted(set(horizon)), "data.tokens": tokens}
     if data is not None:
-        changes |= {"data.source": "file", "data.path": str(data)}
+        changes["data.path"] = str(data)
     return [f"{key}={json.dumps(value)}" for key, value in changes.items() if value]
+
+
+def own_file(recipe: dict[str, Any], data: Path | None) -> dict[str, Any]:
+    """The recipe with one's own file in place of data that it would fetch; what reads a file goes on doing so."""
+    if data is None or recipe.get("data", {}).get("source") in OWN:
+        return recipe
+    return {**recipe, "data": {**recipe.get("data", {}), "source": "file"}}
 
 
 def default_recipe(data: Path | None, label: str) -> str:
     """The recipe for one's own file: by its kind."""
     if data is None:
         raise RecipeError(f"give --recipe ({', '.join(recipe_names())}) or --data with a .txt or .csv file")
-    if data.suffix == ".csv":
+    if data.is_dir():
+        raise RecipeError(f"{data} is a folder: give a .txt, .csv, .parquet or .tsv file")
+    if data.suffix in (".csv", ".parquet"):
         return "labels" if label else "series"
-    return "text"
+    return "pairs" if data.suffix == ".tsv" else "text"
 
 
 def show_loss(loss: dict[str, Any]) -> None:
@@ -362,6 +408,8 @@ def show_metrics(metrics: dict[str, Any], *, quiet: bool = False) -> None:
             for title_of_row, row in rows.items():
                 table.add_row(title_of_row, *(_cell(row.get(name)) for name in names))
             console.print(table)
+        for line in metrics.get("baseline_wins", ()):
+            typer.echo(f"a baseline wins: {line}")
     typer.echo(json.dumps(metrics, ensure_ascii=False))
 
 
@@ -374,7 +422,12 @@ def tables(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, A
         entities = metrics["by_entity"].items()
         yield metrics["unit"], {f"{entity} {name}": row for entity, rows in entities for name, row in rows.items()}
     if "interval" in metrics:
-        yield f"covered by the {metrics['interval']['nominal']:.0%} interval", metrics["interval"]["covered"]
+        said = metrics["interval"]
+        yield f"covered by the {said['nominal']:.0%} interval", said["covered"]
+        if "covered_before_calibration" in said:
+            yield "covered before calibration", said["covered_before_calibration"]
+    if "by_share_seen" in metrics:
+        yield "by the share of a sequence that was seen", metrics["by_share_seen"]
     if "by_distance" in metrics:
         yield "right, by the words in between", metrics["by_distance"]
     if "by_text" in metrics:
@@ -392,6 +445,10 @@ def plain_errors() -> Iterator[None]:
         yield
     except (RecipeError, DataError, CheckpointError, NonFiniteError) as error:
         fail(str(error))
+    except OSError as error:
+        if not (error.errno and error.filename):
+            raise
+        fail(f"{error.filename}: {error.strerror}; make room on the disk or give a place that may be written, --out")
 
 
 def fail(message: str) -> None:

@@ -1,10 +1,11 @@
-"""What a model must beat: counts for text, yesterday and ridge regression for series. numpy only."""
+"""What a model must beat: counts for text and labels, yesterday and ridge regression for series."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from training.data import Corpus, Sequence
@@ -13,6 +14,8 @@ Ids = NDArray[np.int64]
 Values = NDArray[np.float64]
 
 ORDER = 5
+COUNTED = 5_000_000
+"""symbols of a text that are counted; more would say little new"""
 LAGS = 48
 DAY = 24
 
@@ -67,7 +70,8 @@ def _look_up(keys: Ids, values: Any, wanted: Ids) -> Any:  # noqa: ANN401 (integ
 
 def text_bits(corpus: Corpus, scored: list[Sequence]) -> dict[str, float]:
     """Bits a symbol of unigram and 5-gram, fitted on the training part."""
-    train, test = ([sequence.targets.numpy() for sequence in part] for part in (corpus.train, scored))
+    parts = (corpus.train, scored)
+    train, test = ([sequence.targets[:COUNTED].long().numpy() for sequence in part] for part in parts)
     size = len(corpus.symbols)
     order = min(ORDER, int(62 / np.log2(max(2, size))))
     return {name: NGram(train, size, n).bits(test) for name, n in (("unigram", 1), (f"{order}-gram", order))}
@@ -78,10 +82,11 @@ def persistence(series: Values) -> Values:
     return series
 
 
-def same_hour_yesterday(series: Values, period: int = DAY) -> Values:
-    """[N] -> [N]: the forecast for p + 1 is the value `period` steps before it; NaN where there is none."""
+def same_hour_yesterday(series: Values, period: int = DAY, horizon: int = 1) -> Values:
+    """[N] -> [N]: the forecast for p + horizon is the newest value whole periods before it; NaN where there is none."""
     forecast = np.full(len(series), np.nan)
-    forecast[period - 1 :] = series[: len(series) - period + 1]
+    back = -horizon % period
+    forecast[back:] = series[: len(series) - back]
     return forecast
 
 
@@ -104,6 +109,37 @@ def ridge(
     gram = X[usable].T @ X[usable] + weight * np.eye(lags)
     forecast[lags - 1 :] = X @ np.linalg.solve(gram, X[usable].T @ y[usable]) * scale + mean
     return forecast
+
+
+def this_row(train: list[Sequence], test: list[Sequence], symbols: int) -> list[Values]:
+    """What each row says without a memory, [N, K] a test sequence: least squares on its values, the mean of its symbol.
+
+    NaN targets do not occur; those that weigh nothing are left out.
+    """
+    X = np.concatenate([_design(sequence, symbols) for sequence in train])
+    y = np.concatenate([sequence.targets.double().numpy() for sequence in train])
+    known = np.concatenate([(sequence.weights > 0).numpy() for sequence in train])
+    columns = []
+    for k in range(y.shape[1]):
+        rows = X[known[:, k]]
+        gram = rows.T @ rows + 1e-6 * np.eye(X.shape[1]) * max(1.0, float(np.trace(rows.T @ rows)) / X.shape[1])
+        columns.append(np.linalg.solve(gram, rows.T @ y[known[:, k], k]))
+    weights = np.stack(columns, axis=1)
+    return [_design(sequence, symbols) @ weights for sequence in test]
+
+
+def _design(sequence: Sequence, symbols: int) -> Values:
+    if symbols:
+        return np.asarray(np.eye(symbols)[sequence.inputs.numpy()])
+    return np.concatenate((sequence.inputs.double().numpy(), np.ones((len(sequence), 1))), axis=1)
+
+
+def label_nats(corpus: Corpus, scored: list[Sequence]) -> float:
+    """Nats a step of giving each label its frequency in the training part (one added to each count)."""
+    train, test = (torch.cat([s.targets[s.weights > 0] for s in part]).double() for part in (corpus.train, scored))
+    chance = (train.sum(dim=0) + 1) / (len(train) + 2)
+    nats = -(test * chance.log() + (1 - test) * (1 - chance).log()).sum(dim=1)
+    return float(nats.mean())
 
 
 def label_entropy(train: Ids, test: Ids, labels: int) -> float:

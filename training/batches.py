@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise, zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -92,9 +92,9 @@ class StreamSet:
             yield collate(self.sequences, spans)
 
     def _spans(self, rng: np.random.Generator | None, first: int) -> Iterator[list[tuple[int, int, int, bool]]]:
-        rows = [_chunks(row, self.steps) for row in self._deal(rng)]
-        for chunk in range(first, max(map(len, rows))):
-            yield [row[chunk] if chunk < len(row) else (0, 0, 0, True) for row in rows]
+        rows = (islice(_chunks(row, self.steps), first, None) for row in self._deal(rng))
+        for spans in zip_longest(*rows, fillvalue=(0, 0, 0, True)):
+            yield list(spans)
 
     def _deal(self, rng: np.random.Generator | None) -> list[list[Piece]]:
         """Cut the sequences into about equal pieces, one a row; or deal whole sequences to the shortest row."""
@@ -157,12 +157,11 @@ def shares(lengths: list[int], rows: int) -> list[int]:
     return counts
 
 
-def _chunks(pieces: list[Piece], steps: int) -> list[tuple[int, int, int, bool]]:
-    return [
-        (sequence, at, min(at + steps, stop), at == start)
-        for sequence, start, stop in pieces
-        for at in range(start, stop, steps)
-    ]
+def _chunks(pieces: list[Piece], steps: int) -> Iterator[tuple[int, int, int, bool]]:
+    """One after another and never all at once: a long file has more of them than fit into memory."""
+    for sequence, start, stop in pieces:
+        for at in range(start, stop, steps):
+            yield sequence, at, min(at + steps, stop), at == start
 
 
 def collate(sequences: list[Sequence], spans: list[tuple[int, int, int, bool]]) -> Batch:
@@ -174,6 +173,6 @@ def collate(sequences: list[Sequence], spans: list[tuple[int, int, int, bool]]) 
         column = first.new_zeros((longest, len(spans), *first.shape[1:]))
         for row, (sequence, start, stop, _) in enumerate(spans):
             column[: stop - start, row] = getattr(sequences[sequence], name)[start:stop]
-        columns[name] = column
+        columns[name] = column.long() if column.dtype == torch.uint8 else column  # bytes of a mapped file
     fresh = torch.tensor([fresh for *_, fresh in spans])
     return Batch(**columns, fresh=fresh, spans=[span[:3] for span in spans])

@@ -36,6 +36,7 @@ def _title(m: Manifest) -> str:
         "forecaster": "after each step it says what the next one brings",
         "regressor": "at each step it says what holds there",
         "classifier": "at each step it says which label holds there",
+        "multi-label": "at each step it says how likely each label is, each for itself",
     }[m.task]
     int8 = ", int8" if m.quantization == "int8" else ""
     cell = f"{m.layers} layer{'s' if m.layers > 1 else ''} of {m.hidden} {m.cell.upper()} units{int8}"
@@ -55,6 +56,9 @@ def _signature(m: Manifest) -> str:
         fed = table(("feature", "unit", "mean", "std", "period"), [_feature_row(feature) for feature in m.features])
     elif m.splitter and m.splitter.kind == "words":
         fed = f"In: words and single punctuation marks, {len(m.symbols)} of them{_lowered(m)}."
+    elif m.splitter and m.splitter.kind == "bytes":
+        pairs = f", and pairs of them that are one symbol, {len(m.symbols)} symbols in all" if m.splitter.merges else ""
+        fed = f"In: text as UTF-8 bytes{pairs}{_lowered(m)}."
     else:
         fed = f"In: text, one symbol a character, {len(m.symbols)} of them{_lowered(m)}."
     return f"{fed}\n\n{_answers(m)}"
@@ -69,13 +73,14 @@ def _lowered(m: Manifest) -> str:
 
 
 def _answers(m: Manifest) -> str:
-    if m.task == "classifier":
+    if m.task in ("classifier", "multi-label"):
         return "Out: a probability for each label: " + ", ".join(m.labels) + "."
     if m.task == "language-model":
         return "Out: a probability for each symbol."
     rows = [(target.name, target.unit, target.std) for target in m.targets]
+    ahead = f" {', '.join(map(str, m.horizons))} steps ahead" if m.horizons != (1,) else ""
     quantiles = f" and the quantiles {', '.join(map(str, m.quantiles))}" if m.quantiles else ""
-    return f"Out, in the data's own units, the mean{quantiles} of:\n\n" + table(("target", "unit", "std"), rows)
+    return f"Out, in the data's own units, the mean{quantiles}{ahead} of:\n\n" + table(("target", "unit", "std"), rows)
 
 
 def _calls(m: Manifest, example: Json) -> str:
@@ -88,7 +93,7 @@ def _calls(m: Manifest, example: Json) -> str:
     else:
         body = {"sequences": [example]}
         lines.append(f"# no session: whole sequences\n{_curl(f'/models/{m.name}/predict', body)}")
-    if m.task == "forecaster":
+    if m.task == "forecaster" and m.horizons[0] == 1:
         lines.append(f"# look ahead; the session does not change\n{_curl('/sessions/demo/forecast', _ahead(m))}")
     return "```bash\n" + "\n".join(lines) + "\n```"
 
@@ -105,6 +110,8 @@ def _example(m: Manifest) -> Json:
         return [mean[0]] * 3 if len(mean) == 1 else [mean] * 3
     if m.splitter and m.splitter.kind == "words":
         return [symbol for symbol in m.symbols if symbol.isalpha()][:3] or list(m.symbols[:3])
+    if m.splitter and m.splitter.kind == "bytes":
+        return "once upon a time"
     return "".join(symbol for symbol in "once upon a time" if symbol in m.symbols) or m.symbols[0]
 
 
@@ -202,7 +209,7 @@ def _limits(m: Manifest) -> str:
         points.append("A symbol outside its vocabulary is refused (`unknown_symbol`).")
     if m.features:
         points.append("Values far outside the means and deviations above were never seen in training.")
-    if m.task == "forecaster":
+    if m.task == "forecaster" and m.horizons == (1,):
         points.append("Figures are for one step ahead; errors grow as a forecast rolls on its own predictions.")
     points.append("The same bits are promised on one build of ONNX Runtime and one kind of CPU.")
     return "\n".join(f"- {point}" for point in points)

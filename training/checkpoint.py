@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -119,12 +120,16 @@ def refuse_mismatch(old: dict[str, Any], new: dict[str, Any]) -> None:
     old = {**old, "model": ModelConfig.from_json(old["model"]).to_json()}  # with the keys that came later
     for key in ("task", "model", "symbols", "features", "targets", "labels", "quantiles"):
         if json.loads(json.dumps(old[key])) != json.loads(json.dumps(new[key])):
-            raise CheckpointError(f"cannot resume: {key} differs. {_difference(key, old[key], new[key])}")
+            raise CheckpointError(
+                f"cannot resume: {key} differs. {difference(key, old[key], new[key])}; give the run's own data and "
+                "recipe, or another --out"
+            )
     if old["data"]["sha256"] != new["data"]["sha256"]:
         raise CheckpointError(f"cannot resume: the data changed ({old['data']['source']} has another sha256)")
 
 
-def _difference(key: str, old: Any, new: Any) -> str:  # noqa: ANN401 (any JSON)
+def difference(key: str, old: Any, new: Any) -> str:  # noqa: ANN401 (any JSON)
+    """What a run has and what it is given now, in a few words."""
     if key in ("symbols", "labels"):
         gone, added = sorted(set(old) - set(new)), sorted(set(new) - set(old))
         return f"The run knows {len(old)}, the data has {len(new)}; gone {gone[:10]}, new {added[:10]}"
@@ -187,12 +192,18 @@ def _replace(folder: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[st
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    for name, content in tensors.items():
-        save_file(content, temporary / name)
-        sync(temporary / name)
-    for name, data in texts.items():
-        write_json(temporary / name, data)
-    sync(temporary)
+    try:
+        for name, content in tensors.items():
+            save_file(content, temporary / name)
+            sync(temporary / name)
+        for name, data in texts.items():
+            write_json(temporary / name, data)
+        sync(temporary)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}. What was saved before is whole: make room on the disk, then --resume"
+        ) from error
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

@@ -23,11 +23,19 @@ class DataRecipe:
     """Where the sequences come from and how they are split."""
 
     source: str = "file"
-    """shakespeare, nyc-weather, who, or file."""
+    """One of training.corpora.SOURCES; file is your own."""
     path: str = ""
+    tokens: str = "characters"
+    """Text: characters, bytes, or bpe (pairs of bytes that are frequent in the training part)."""
+    vocabulary: int = 1024
+    """bpe: at most so many symbols."""
     time: str = ""
     targets: tuple[str, ...] = ()
+    horizons: tuple[int, ...] = (1,)
+    """How many steps ahead the targets are forecast, all at once."""
     series: str = ""
+    split: str = "time"
+    """time: each series is cut in time; series: whole series are dealt to the three parts."""
     label: str = ""
     symbol: str = ""
     """The column that holds a symbol a row, where a classifier's inputs are no numbers."""
@@ -37,6 +45,10 @@ class DataRecipe:
     """who: stories to learn from."""
     validation: float = 0.1
     test: float = 0.2
+    later: float = 0.0
+    """Labelled sequences: a step weighs the share that was seen by then, to this power; 0 weighs all alike."""
+    calibration: float = 0.0
+    """Share of the training part, in blocks spread over it, that is held out to calibrate a forecaster's quantiles."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class ModelRecipe:
     """leaky: the share of the state that is new at each step."""
     bidirectional: bool = False
     """Labels only: each sequence is read whole and from both ends (train.steps is not used); the service predicts."""
+    noise: float = 0.0
+    """Added to standardised input values in training: spread, in units of their own."""
     residual: bool = False
     """Forecasters predict the difference from the present value."""
     quantiles: tuple[float, ...] = ()
@@ -136,6 +150,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, TASKS)
+        _one_of("data.tokens", self.data.tokens, ("characters", "bytes", "bpe"))
+        _one_of("data.split", self.data.split, ("time", "series"))
+        if self.data.horizons != (1,) and self.task != "forecaster":
+            raise RecipeError(f"data.horizons are for forecasters; this recipe's task is {self.task!r}")
         _one_of("train.device", self.train.device, ("auto", "cpu", "cuda", "mps"))
         _one_of("train.form", self.train.form, ("stream", "windowed"))
         _one_of("train.precision", self.train.precision, ("auto", "fp32", "bf16"))
@@ -149,6 +167,8 @@ class Recipe:
             raise RecipeError("nothing ends this run: set train.max_steps or train.max_minutes (--max-minutes)")
         if not (self.data.validation > 0 and self.data.test > 0 and self.data.validation + self.data.test < 1):
             raise RecipeError("data.validation and data.test must be positive and leave something to train on")
+        if not 0 <= self.data.calibration < 0.5:
+            raise RecipeError("data.calibration must be at least 0 and below 0.5")
 
     def to_json(self) -> dict[str, Any]:
         """A nested dict that `recipe_from` reads back."""

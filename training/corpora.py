@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from training import data_text, series, weather, who
+from training import data_text, events, labelled, series, translation, weather, who
 from training.config import Recipe
 from training.data import Corpus, DataError
 
-SOURCES = ("shakespeare", "nyc-weather", "who", "file")
+OWN = ("file", "pairs", "jsb", "earthquakes")
+"""sources that read the file `data.path`"""
+MADE = ("shakespeare", "nyc-weather", "who", "japanese-vowels", "digits", "reverse", "numbers", "stocks")
+SOURCES = (*MADE, *OWN)
 
 
-def load_corpus(recipe: Recipe, cache: Path) -> Corpus:
-    """The recipe's three parts; archives are kept in `cache`."""
+def load_corpus(recipe: Recipe, cache: Path, earlier: Mapping[str, Any] | None = None) -> Corpus:
+    """The recipe's three parts; archives are kept in `cache`.
+
+    `earlier` is the meta of a run whose vocabulary text is to be read with.
+    """
     data = recipe.data
-    if data.source == "shakespeare":
-        return data_text.shakespeare(cache)
-    if data.source == "nyc-weather":
-        return weather.nyc_weather(cache, data, only=data.only)
-    if data.source == "who":
-        return who.corpus(data.stories)
-    if data.source == "file":
-        return _file(recipe)
+    if data.source in OWN:
+        return _own(recipe, earlier)
+    match data.source:
+        case "shakespeare":
+            return data_text.shakespeare(cache, data_text.Coding.of(data, earlier))
+        case "nyc-weather":
+            return weather.nyc_weather(cache, data, only=data.only)
+        case "who":
+            return who.corpus(data.stories)
+        case "japanese-vowels":
+            return labelled.japanese_vowels(cache, data)
+        case "digits":
+            return labelled.digits(cache, data)
+        case "reverse":
+            return translation.reversals(data.stories, data)
+        case "numbers":
+            return translation.numbers(data)
+        case "stocks":
+            return events.stocks(cache, data)
     raise DataError(f"data.source is {data.source!r}; it must be one of {', '.join(SOURCES)}")
 
 
-def _file(recipe: Recipe) -> Corpus:
-    path = Path(recipe.data.path)
+def _own(recipe: Recipe, earlier: Mapping[str, Any] | None) -> Corpus:
+    data, path = recipe.data, Path(recipe.data.path)
     if not path.is_file():
-        raise DataError(f"data.path: there is no file {recipe.data.path!r}; give one with --data")
+        raise DataError(f"data.path: there is no file {data.path!r}; give one with --data")
+    if data.source == "pairs":
+        return translation.pairs_file(path, data)
+    if data.source == "jsb":
+        return labelled.chorales(path)
+    if data.source == "earthquakes":
+        return events.earthquakes(path, data)
     if recipe.task == "language-model":
-        return data_text.text_file(path, recipe.data.validation, recipe.data.test)
-    return series.csv_file(path, recipe.data)
+        return data_text.text_file(path, data.validation, data.test, data_text.Coding.of(data, earlier))
+    return series.csv_file(path, data, recipe.task)

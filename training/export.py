@@ -43,7 +43,18 @@ from training.spec import Spec, read_spec
 
 GOLDEN_STEPS, GOLDEN_ROWS, GOLDEN_SEED, GOLDEN_TRIES = 16, 7, 7, 32
 MAX_PLOTS, MAX_PLOT_BYTES = 8, 512 * 1024
-PROVENANCE = ("command", "seed", "data", "weights", "steps", "epochs", "minutes", "recipe", "environment")
+PROVENANCE = (
+    "command",
+    "seed",
+    "data",
+    "weights",
+    "steps",
+    "epochs",
+    "minutes",
+    "recipe",
+    "environment",
+    "calibration",
+)
 
 Own = nn.Module | Mapping[str, Tensor] | Path
 """A network that was trained elsewhere: itself, its state dict, or a file of one"""
@@ -271,6 +282,7 @@ def describe(
         **_vocabulary(meta),
         "features": [Feature(**feature) for feature in meta.get("features", ())],
         "targets": _targets(module, meta),
+        "horizons": config.horizons,
         "quantiles": config.quantiles,
         "labels": tuple(meta.get("labels", ())),
         "files": {},
@@ -369,7 +381,8 @@ def _vocabulary(meta: Mapping[str, Any]) -> dict[str, Any]:
 def _targets(module: RecurrentModel, meta: Mapping[str, Any]) -> list[Target]:
     if isinstance(module.head, OwnHead):
         return [Target(**target) for target in meta["targets"]]
-    chosen = [meta["features"][i] for i in module.config.targets]
+    own = meta.get("outputs") or meta.get("features") or ()
+    chosen = [own[i] for i in module.config.targets]
     return [Target(name=feature["name"], unit=feature["unit"], std=feature["std"]) for feature in chosen]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from training.cells import CELLS, input_weight, layer_drive, layer_output
 from training.layers import GATES
-from training.model import ForecastHead, ModelConfig, OwnHead, RecurrentModel, ValueEncoder, state_names
+from training.model import ForecastHead, ModelConfig, OwnHead, RecurrentModel, ValueEncoder, middle, state_names
 from training.nodes import Nodes, layer_norm, odd_series, softplus
 
 OPSET = 21
@@ -70,7 +70,7 @@ def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
 
 
 def _outputs(module: RecurrentModel) -> Signature:
-    K, Q = len(module.config.targets), len(module.config.quantiles)
+    K, Q = len(module.config.columns), len(module.config.quantiles)
     if not module.config.targets:
         labels = module.config.vocabulary if module.config.task == "language-model" else module.config.labels
         return {"logits": ("float32", ["T", "B", labels])}
@@ -236,7 +236,7 @@ def _forecast(nodes: Nodes, head: ForecastHead, raw: str) -> dict[str, str]:
         return {"mean": nodes.add("Add", offset, nodes.add("Mul", raw, scale))}
     sizes = nodes.constant("head.split", [K, Q * K])
     mean, steps = nodes.add_many("Split", raw, sizes, outputs=2, axis=2)
-    rungs = nodes.add("Mul", _ladder(nodes, steps, K, Q), scale)
+    rungs = nodes.add("Mul", _calibrated(nodes, head, _ladder(nodes, steps, K, Q)), scale)
     row_offset = nodes.add("Unsqueeze", offset, nodes.constant("head.axis", [-2])) if head.residual else offset
     return {
         "mean": nodes.add("Add", offset, nodes.add("Mul", mean, scale)),
@@ -252,6 +252,22 @@ def _ladder(nodes: Nodes, steps: str, K: int, Q: int) -> str:
         steps = nodes.add("Concat", base, softplus(nodes, increments), axis=2)
     rungs = nodes.add("Reshape", steps, nodes.constant("head.shape", [0, 0, Q, K]))
     return nodes.add("CumSum", rungs, nodes.constant("head.cumsum", np.array(2)))
+
+
+def _calibrated(nodes: Nodes, head: ForecastHead, ladder: str) -> str:
+    """[T, B, Q, K] as `ForecastHead.stretched` has it."""
+    Q = head.quantiles
+    if bool((head.stretch == 1).all()):
+        return ladder
+    each = nodes.add_many("Split", ladder, nodes.constant("head.each", [1] * Q), outputs=Q, axis=2)
+    low, high = middle(Q)
+    centre = nodes.add("Mul", nodes.add("Add", each[low], each[high]), nodes.scalar(0.5))
+    apart = nodes.add("Mul", nodes.add("Sub", ladder, centre), nodes.constant("head.stretch", head.stretch))
+    moved = nodes.add("Add", apart, centre)
+    rungs = nodes.add_many("Split", moved, nodes.constant("head.each", [1] * Q), outputs=Q, axis=2)
+    for i in range(1, Q):
+        rungs[i] = nodes.add("Max", rungs[i - 1], rungs[i])
+    return nodes.add("Concat", *rungs, axis=2)
 
 
 def _offset(nodes: Nodes, head: ForecastHead) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from training.batches import Batches, StreamSet, WindowSet
-from training.checkpoint import environment
+from training.checkpoint import CheckpointError, difference, environment, load_model
 from training.config import Recipe, RecipeError
 from training.corpora import load_corpus
-from training.data import Corpus
+from training.data import Corpus, DataError, Feature
 from training.device import resolved
 from training.model import ForecastHead, ModelConfig, RecurrentModel, ValueEncoder
 from training.tasks import TASKS, Task
@@ -46,23 +46,55 @@ class Job:
         return self.average or self.model
 
 
-def prepare(recipe: Recipe, cache: Path, command: str) -> Job:
-    """Seeds, loads the data and builds everything; raises before any training if the data cannot be used."""
+def prepare(recipe: Recipe, cache: Path, command: str, init_from: Path | None = None) -> Job:
+    """Seeds, loads the data and builds everything; raises before any training if the data cannot be used.
+
+    With `init_from`, a run's folder, sizes and weights are that run's best ones, and text is cut as it was there.
+    """
     recipe = resolved(recipe)
     torch.manual_seed(recipe.train.seed)
-    corpus = load_corpus(recipe, cache)
-    config = model_config(recipe, corpus)
-    model = RecurrentModel(config)
-    fit_scales(model, corpus)
-    if isinstance(model.encoder, nn.Embedding):
-        model.encoder.weight.data.mul_(recipe.model.embedding_scale)
+    if init_from is not None:
+        corpus, model = continued(recipe, cache, init_from)
+    else:
+        corpus = load_corpus(recipe, cache)
+        model = RecurrentModel(model_config(recipe, corpus))
+        fit_scales(model, corpus)
+        if isinstance(model.encoder, nn.Embedding):
+            model.encoder.weight.data.mul_(recipe.model.embedding_scale)
     task, batches = TASKS[recipe.task], build_batches(recipe, corpus)
     beside = task.baselines(model, corpus)
     model.to(recipe.train.device)
     optimiser = build_optimiser(model, recipe)
-    meta = build_meta(recipe, corpus, config, command)
+    meta = build_meta(recipe, corpus, model.config, command)
     average = copy.deepcopy(model) if recipe.train.average else None
     return Job(recipe, corpus, model, optimiser, batches, task, meta, beside, average)
+
+
+def continued(recipe: Recipe, cache: Path, run: Path) -> tuple[Corpus, RecurrentModel]:
+    """The recipe's corpus as the run's model knows it, and a copy of that model; raises CheckpointError."""
+    old, meta = load_model(run)
+    corpus = load_corpus(recipe, cache, meta if meta["symbols"] else None)
+    for key, mine in (
+        ("task", recipe.task),
+        ("input_kind", corpus.input_kind),
+        ("symbols", corpus.symbols),
+        ("features", [feature.name for feature in corpus.features]),
+        ("targets", corpus.target_names),
+        ("labels", corpus.labels),
+    ):
+        theirs = [feature["name"] for feature in meta[key]] if key == "features" else meta[key]
+        if theirs != mine:
+            raise CheckpointError(
+                f"cannot start from {run}: {key} differs. {difference(key, theirs, mine)}; give data of the same kind"
+            )
+    if old.config.horizons != corpus.horizons:
+        raise CheckpointError(f"cannot start from {run}: its horizons are {', '.join(map(str, old.config.horizons))}")
+    model = RecurrentModel(replace(old.config, dropout=recipe.model.dropout, noise=recipe.model.noise))
+    model.load_state_dict(old.state_dict())
+    note = f"starts from {run.name}: its sizes, its weights and its scales"
+    known = [Feature(**feature) for feature in meta["features"]]
+    outputs = [Feature(**feature) for feature in meta["outputs"]]
+    return replace(corpus, features=known, outputs=outputs, notes=[*corpus.notes, note]), model
 
 
 def model_config(recipe: Recipe, corpus: Corpus) -> ModelConfig:
@@ -84,9 +116,11 @@ def _config(recipe: Recipe, corpus: Corpus) -> ModelConfig:
         vocabulary=len(corpus.symbols),
         periods=tuple(feature.period for feature in corpus.features),
         targets=tuple(corpus.targets),
-        quantiles=shape.quantiles if recipe.task == "forecaster" else (),
+        horizons=corpus.horizons if recipe.task == "forecaster" else (1,),
+        quantiles=shape.quantiles if recipe.task in ("forecaster", "regressor") else (),
         labels=len(corpus.labels),
         residual=shape.residual and recipe.task == "forecaster",
+        noise=shape.noise,
         **{name: getattr(shape, name) for name in ALIKE},
     )
 
@@ -98,10 +132,16 @@ def fit_scales(model: RecurrentModel, corpus: Corpus) -> None:
         model.encoder.scale.copy_(torch.tensor([feature.std for feature in corpus.features]))
     if isinstance(model.head, ForecastHead):
         wanted = torch.cat([sequence.targets for sequence in corpus.train])
-        current = torch.cat([sequence.inputs[:, corpus.targets] for sequence in corpus.train])
-        spread = (wanted - current).std(dim=0) if model.config.residual else wanted.std(dim=0)
-        model.head.target_mean.copy_(wanted.mean(dim=0))
-        model.head.target_scale.copy_(spread.clamp(min=1e-6))
+        known = torch.cat([sequence.weights for sequence in corpus.train]) > 0
+        moved = wanted
+        if model.config.residual:
+            moved = wanted - torch.cat([sequence.inputs[:, corpus.columns] for sequence in corpus.train])
+        for column, name in enumerate(corpus.column_names):
+            rows = known[:, column]
+            if int(rows.sum()) < 2:
+                raise DataError(f"the training part is too short for {name}: lower data.horizons, or give more rows")
+            model.head.target_mean[column] = wanted[rows, column].mean()
+            model.head.target_scale[column] = moved[rows, column].std().clamp(min=1e-6)
 
 
 def build_optimiser(model: RecurrentModel, recipe: Recipe) -> torch.optim.Optimizer:
@@ -121,7 +161,7 @@ def build_batches(recipe: Recipe, corpus: Corpus) -> Batches:
         return StreamSet(corpus.train, train.batch, max(map(len, corpus.train)), whole=True)
     if train.form == "windowed":
         return WindowSet(corpus.train, train.batch, train.steps, train.stride)
-    return StreamSet(corpus.train, train.batch, train.steps)
+    return StreamSet(corpus.train, train.batch, train.steps, whole=corpus.whole)
 
 
 def build_meta(recipe: Recipe, corpus: Corpus, config: ModelConfig, command: str) -> dict[str, Any]:
@@ -134,6 +174,7 @@ def build_meta(recipe: Recipe, corpus: Corpus, config: ModelConfig, command: str
         "splitter": corpus.splitter,
         "start_symbol": corpus.start_symbol,
         "features": [feature.to_json() for feature in corpus.features],
+        "outputs": [output.to_json() for output in corpus.outputs],
         "targets": corpus.target_names,
         "labels": corpus.labels,
         "quantiles": list(config.quantiles),

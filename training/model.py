@@ -19,9 +19,7 @@ from training.layers import STARTS, Layers, drop
 State = tuple[Tensor, ...]
 """(h, c) for lstm, (h,) otherwise; each [layers, B, hidden]."""
 
-TASKS = ("language-model", "forecaster", "classifier")
-OWN_TASKS = (*TASKS, "regressor")
-"""those of networks that were trained elsewhere"""
+TASKS = ("language-model", "forecaster", "classifier", "regressor", "multi-label")
 CELLS = ("rnn", "rnn-relu", "leaky", "gru", "lstm")
 
 
@@ -37,10 +35,15 @@ class ModelConfig:
     vocabulary: int = 0
     periods: tuple[float, ...] = ()
     targets: tuple[int, ...] = ()
+    """Which inputs a forecaster predicts; a regressor's are not among its inputs and are numbered from 0."""
+    horizons: tuple[int, ...] = (1,)
+    """How many steps ahead a forecaster predicts them, all at once."""
     quantiles: tuple[float, ...] = ()
     labels: int = 0
     residual: bool = False
     dropout: float = 0.0
+    noise: float = 0.0
+    """Spread of what is added to each plain value in training, in units of its own spread."""
     input_dropout: float = 0.0
     weight_dropout: float = 0.0
     locked: bool = False
@@ -55,7 +58,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("task", self.task, OWN_TASKS),
+            ("task", self.task, TASKS),
             ("cell", self.cell, CELLS),
             ("start", self.start, STARTS),
         ):
@@ -77,6 +80,13 @@ class ModelConfig:
             raise ValueError(f"model.bidirectional is not for a {self.task}: it would read what it is to predict")
         if list(self.quantiles) != sorted(set(self.quantiles)) or not all(0 < q < 1 for q in self.quantiles):
             raise ValueError("model.quantiles must ascend and lie between 0 and 1")
+        if not self.horizons or list(self.horizons) != sorted(set(self.horizons)) or self.horizons[0] < 1:
+            raise ValueError("data.horizons must ascend and begin with 1 or more")
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The predicted values in the order of the head: all targets of the first horizon, then of the next."""
+        return self.targets * len(self.horizons)
 
     @property
     def width(self) -> int:
@@ -101,8 +111,9 @@ class ValueEncoder(nn.Module):
     scale: Tensor
     period: Tensor
 
-    def __init__(self, periods: tuple[float, ...]) -> None:
+    def __init__(self, periods: tuple[float, ...], noise: float = 0.0) -> None:
         super().__init__()
+        self.noise = noise
         self.register_buffer("mean", torch.zeros(len(periods)))
         self.register_buffer("scale", torch.ones(len(periods)))
         self.register_buffer("period", torch.tensor(periods, dtype=torch.float32))
@@ -113,6 +124,8 @@ class ValueEncoder(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """[T, B, F] -> [T, B, width]: plain features first, then a (sin, cos) pair per periodic one."""
         plain = ((values - self.mean) / self.scale)[..., self.plain]
+        if self.training and self.noise:
+            plain = plain + self.noise * torch.randn_like(plain)
         if not self.periodic:
             return plain
         angle = values[..., self.periodic] * (2 * math.pi / self.period[self.periodic])
@@ -137,24 +150,30 @@ class LanguageHead(LogitsHead):
 
 
 class ClassifierHead(LogitsHead):
-    """Logits over the labels for the position p itself."""
+    """Logits over the labels for the position p itself; each for itself where several may hold (multi-label)."""
 
 
 class ForecastHead(nn.Module):
-    """Mean and quantiles of the targets at p + 1, in the data's own units; quantiles never cross."""
+    """Mean and quantiles of the targets, in the data's own units; quantiles never cross.
+
+    K counts the columns: each target at each horizon. `stretch` [Q, K] is how many times as far from the middle
+    calibration found each quantile to lie; 1 until then.
+    """
 
     target_mean: Tensor
     target_scale: Tensor
+    stretch: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        K, Q = len(config.targets), len(config.quantiles)
-        self.targets = list(config.targets)
+        K, Q = len(config.columns), len(config.quantiles)
+        self.targets = list(config.columns)
         self.quantiles = Q
         self.residual = config.residual
         self.linear = nn.Linear(config.hidden, K * (1 + Q))
         self.register_buffer("target_mean", torch.zeros(K))
         self.register_buffer("target_scale", torch.ones(K))
+        self.register_buffer("stretch", torch.ones(Q, K))
 
     def forward(self, hidden: Tensor, inputs: Tensor) -> dict[str, Tensor]:
         """[T, B, hidden], [T, B, F] -> {"mean": [T, B, K], "quantiles": [T, B, Q, K]}."""
@@ -163,9 +182,22 @@ class ForecastHead(nn.Module):
         outputs = {"mean": offset + self.target_scale * raw[..., 0, :]}
         if self.quantiles:
             steps = torch.cat((raw[..., 1:2, :], F.softplus(raw[..., 2:, :])), dim=-2)
-            ladder = steps.cumsum(dim=-2)
+            ladder = self.stretched(steps.cumsum(dim=-2))
             outputs["quantiles"] = offset.unsqueeze(-2) + self.target_scale * ladder
         return outputs
+
+    def stretched(self, ladder: Tensor) -> Tensor:
+        """[..., Q, K] with each rung moved away from the middle as calibration says, none below a lower one."""
+        if self.training:
+            return ladder
+        low, high = middle(self.quantiles)
+        centre = (ladder[..., low : low + 1, :] + ladder[..., high : high + 1, :]) / 2
+        return (centre + self.stretch * (ladder - centre)).cummax(dim=-2).values
+
+
+def middle(quantiles: int) -> tuple[int, int]:
+    """The two middle ones of so many, or twice the only one."""
+    return (quantiles - 1) // 2, quantiles // 2
 
 
 class OwnHead(nn.Module):
@@ -217,7 +249,7 @@ class RecurrentModel(nn.Module):
             self.encoder = nn.Embedding(config.vocabulary, config.embedding)
             width = config.embedding
         else:
-            self.encoder = ValueEncoder(config.periods)
+            self.encoder = ValueEncoder(config.periods, config.noise)
             width = self.encoder.width
         self.rnn = Layers(width, config)
         self.head = _head(config)
@@ -250,6 +282,6 @@ def state_names(cell: str) -> tuple[str, ...]:
 def _head(config: ModelConfig) -> LanguageHead | ClassifierHead | ForecastHead:
     if config.task == "language-model":
         return LanguageHead(config.hidden, config.vocabulary)
-    if config.task == "classifier":
+    if config.task in ("classifier", "multi-label"):
         return ClassifierHead(config.width, config.labels)
     return ForecastHead(config)

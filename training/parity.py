@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from training.model import OwnHead, RecurrentModel, ValueEncoder, state_names
+from training.model import ForecastHead, OwnHead, RecurrentModel, ValueEncoder, state_names
 from training.publish import ExportError as ExportError
 from training.publish import cpu_kind
 
@@ -206,12 +206,13 @@ def plausible_entries(module: RecurrentModel, T: int, batch: int, seed: int = 0)
 
 
 def target_std(module: RecurrentModel) -> Array:
-    """Standard deviation of each target [K] in the data's own units."""
-    if isinstance(module.head, OwnHead):
+    """Standard deviation of each column [K] in the data's own units."""
+    if module.config.task == "regressor" or isinstance(module.head, OwnHead):
+        assert isinstance(module.head, ForecastHead | OwnHead)
         own: Array = module.head.target_scale.cpu().numpy()
         return own
     assert isinstance(module.encoder, ValueEncoder)
-    std: Array = module.encoder.scale[list(module.config.targets)].cpu().numpy()
+    std: Array = module.encoder.scale[list(module.config.columns)].cpu().numpy()
     return std
 
 

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from service.bundle import Splitter
 from training import baselines
 from training.batches import Batch, collate
 from training.config import SampleRecipe
 from training.data import Corpus
 from training.model import ForecastHead, RecurrentModel
-from training.sample import forecasts_shown, labels_shown, sample_text
+from training.sample import forecasts_shown, labels_shown, notes_shown, pairs_shown, sample_text, values_shown
 
 
 class Task(Protocol):
-    """One of the three; a lower figure is better."""
+    """One of them; a lower figure is better."""
 
     unit: str
 
@@ -63,7 +64,10 @@ class LanguageModel:
         self, model: RecurrentModel, meta: dict[str, Any], corpus: Corpus, sample: SampleRecipe, plots: Path
     ) -> str:
         """Text that the model writes."""
-        prompt = sample.prompt if set(sample.prompt) <= set(corpus.symbols) else ""
+        if corpus.separator:
+            return pairs_shown(model, corpus, corpus.validation)
+        split = Splitter.model_validate(corpus.splitter).split(sample.prompt)
+        prompt = sample.prompt if set(split) <= set(corpus.symbols) else ""
         return sample_text(model, meta, prompt, sample.length, sample.temperature)
 
 
@@ -93,6 +97,32 @@ class Classifier:
         return labels_shown(model, corpus, corpus.validation[0])
 
 
+class MultiLabel:
+    """Cross-entropy of each label for itself, summed over the labels of a step."""
+
+    unit = "nats per step"
+
+    def losses(self, model: RecurrentModel, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Nats."""
+        logits = outputs["logits"].float()
+        nats = F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="none").sum(dim=-1)
+        return (nats * batch.weights).sum(), batch.weights.sum()
+
+    def figure(self, loss: float) -> float:
+        """Nats, as they are."""
+        return loss
+
+    def baselines(self, model: RecurrentModel, corpus: Corpus) -> dict[str, float]:
+        """Each label as often as in the training part, whatever was heard."""
+        return {"label frequencies": baselines.label_nats(corpus, corpus.validation)}
+
+    def show(
+        self, model: RecurrentModel, meta: dict[str, Any], corpus: Corpus, sample: SampleRecipe, plots: Path
+    ) -> str:
+        """The first steps of a validation sequence with the labels that are likely at each."""
+        return notes_shown(model, corpus, corpus.validation[0])
+
+
 class Forecaster:
     """Huber loss of the mean plus pinball loss of each quantile, in units of each target's scale."""
 
@@ -116,7 +146,7 @@ class Forecaster:
         total = weight = 0.0
         for i, sequence in enumerate(corpus.validation):
             batch = collate(corpus.validation, [(i, 0, len(sequence), True)])
-            current = batch.inputs[..., corpus.targets]
+            current = batch.inputs[..., corpus.columns]
             copies = current.unsqueeze(-2).expand(*current.shape[:-1], len(model.config.quantiles), -1)
             loss, weighed = self.losses(model, {"mean": current, "quantiles": copies}, batch)
             total, weight = total + float(loss), weight + float(weighed)
@@ -128,6 +158,28 @@ class Forecaster:
         """A plot of the first target's last steps with the forecast fan."""
         path = plots / "forecast.png"
         return forecasts_shown(model, corpus, corpus.validation[0], path)
+
+
+class Regressor(Forecaster):
+    """The same loss, of values that belong to the step itself."""
+
+    def baselines(self, model: RecurrentModel, corpus: Corpus) -> dict[str, float]:
+        """The same loss of always saying the training part's mean."""
+        total = weight = 0.0
+        mean = forecast_head(model).target_mean
+        for i, sequence in enumerate(corpus.validation):
+            batch = collate(corpus.validation, [(i, 0, len(sequence), True)])
+            said = mean.expand_as(batch.targets)
+            copies = said.unsqueeze(-2).expand(*said.shape[:-1], len(model.config.quantiles), -1)
+            loss, weighed = self.losses(model, {"mean": said, "quantiles": copies}, batch)
+            total, weight = total + float(loss), weight + float(weighed)
+        return {"training mean": total / max(weight, 1.0)}
+
+    def show(
+        self, model: RecurrentModel, meta: dict[str, Any], corpus: Corpus, sample: SampleRecipe, plots: Path
+    ) -> str:
+        """The first steps of a validation sequence with what is said at each."""
+        return values_shown(model, corpus, corpus.validation[0])
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -147,5 +199,7 @@ def forecast_head(model: RecurrentModel) -> ForecastHead:
 TASKS: dict[str, Task] = {
     "language-model": LanguageModel(),
     "classifier": Classifier(),
+    "multi-label": MultiLabel(),
     "forecaster": Forecaster(),
+    "regressor": Regressor(),
 }

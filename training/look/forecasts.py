@@ -16,6 +16,8 @@ def view(seen: Seen) -> View:
     """A panel an entity and target, over the end of the test part."""
     if seen.meta["task"] != "forecaster":
         raise LacksError("the run is no forecaster")
+    if seen.model.config.horizons[0] != 1:
+        raise LacksError("the model says nothing of the next step, which is what is rolled")
     corpus, quantiles = seen.corpus, seen.model.config.quantiles
     sequences, targets = corpus.test[:ENTITIES], range(min(TARGETS, len(corpus.targets)))
     figure, axes = pictures.panels(len(sequences) * len(targets), width=6, height=3, columns=len(targets))
