@@ -73,5 +73,5 @@ $(SERVING): pyproject.toml constraints.txt
 
 $(COMPLETE): $(SERVING) client/pyproject.toml
 	@echo 'installing what training and the tests need'
-	@$(INSTALL) -e '.[training,redis,otel,dev]' -e ./client
+	@$(INSTALL) -e '.[training,parquet,redis,otel,dev]' -e ./client
 	@touch $@

@@ -207,6 +207,7 @@ def test_init_from_takes_weights_and_vocabulary_over(tmp_path: Path) -> None:
         "--set",
         "train.learning_rate=0.0",
         "--log-json",
+        "-",
     ]
     done = call("train", "--data", letter, "--out", second, "--init-from", first, *options)
     assert done.exit_code == 0, done.output
