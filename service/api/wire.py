@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service import metrics, tracing
 from service.api import errors
 from service.api.auth import EVERYTHING
+from service.api.limits import steps_in
 from service.api.responses import JsonLine
 from service.api.sessions import StepsBody, answer_line, feed_of, written
 from service.run import Race
@@ -89,8 +90,8 @@ class Step:
 class Wire(HttpToolsProtocol):
     """Uvicorn's protocol, and the shortest way beside it."""
 
-    _written: ClassVar[list[tuple["Wire", bytes, bool]]] = []
-    """answers of this turn of the event loop, and whether their connections are kept"""
+    _written: ClassVar[list[tuple["Wire", Step, bytes]]] = []
+    """answers of this turn of the event loop"""
     _default_headers: ClassVar[list[tuple[bytes, bytes]] | None] = None
     _beginning: ClassVar[bytes] = b""
     """of every answer, while the default headers are those"""
@@ -99,7 +100,7 @@ class Wire(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._application = self.config.app
         self._session_id: str | None = None
-        self._body = b""
+        self._body = bytearray()
         self._step: Step | None = None
 
     # ------------------------------------------------------------------ uvicorn's parser calls these
@@ -123,7 +124,7 @@ class Wire(HttpToolsProtocol):
         if session_id is None:
             super().on_message_complete()
             return
-        body, self._body = self._body, b""
+        body, self._body = bytes(self._body), bytearray()
         step = self._begin(session_id, body)
         if step is None:
             super().on_headers_complete()
@@ -183,6 +184,8 @@ class Wire(HttpToolsProtocol):
             return None  # the application meets the same, and answers it
         if feeding is None:
             return None
+        if tenant.name:
+            metrics.TENANT_STEPS.labels(tenant.name).inc(steps_in(body.inputs))
         step = Step(self, tenant.name, body, feeding)
         feeding.then = step.ended
         return step
@@ -195,27 +198,24 @@ class Wire(HttpToolsProtocol):
 
     def answer(self, step: Step, response: Response) -> None:
         """Write an answer in one part, together with those of the other connections that come in the same turn."""
-        self._step, step.response_complete = None, True
-        if tenant := step.feeding.at.key[0]:
-            metrics.TENANT_REQUESTS.labels(tenant, str(response.status_code)).inc()
-            metrics.TENANT_STEPS.labels(tenant).inc()
-        if step.disconnected or self.transport.is_closing():
-            return
+        self._step = None
         headers = b"".join([b"%b: %b\r\n" % header for header in response.raw_headers])
         end = b"\r\n" if step.keep_alive else b"connection: close\r\n\r\n"
         first = STATUS_LINE[response.status_code] + self._defaults()
         if not Wire._written:
             self.loop.call_soon(Wire._send)
-        Wire._written.append((self, b"".join((first, headers, end, response.body)), step.keep_alive))
+        Wire._written.append((self, step, b"".join((first, headers, end, response.body))))
 
     @staticmethod
     def _send() -> None:
         """Send what was written: the first one wakes who reads, and the others find him awake."""
         written, Wire._written = Wire._written, []
-        for wire, answer, keep_alive in written:
-            if not wire.transport.is_closing():
+        for wire, step, answer in written:
+            # Only now: what is refused or begun on this connection before would be answered ahead of it.
+            step.response_complete = True
+            if not (step.disconnected or wire.transport.is_closing()):
                 wire.transport.write(answer)
-                if not keep_alive:
+                if not step.keep_alive:
                     wire.transport.close()
                 wire.on_response_complete()
 

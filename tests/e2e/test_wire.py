@@ -233,11 +233,14 @@ def test_a_plain_step_goes_through_the_door_as_well(fresh: MakeServer, tmp_path:
         assert connection.answer()[0] == 401
         connection.send(post(name, BODY, mine * 2))
         assert connection.answer()[0] == 400
+        connection.send(post(name, b'{"model": "tiny-letters", "inputs": "abc"}', mine))
+        assert position(connection) == 3
         connection.send(post(name, BODY, mine))
-        assert position(connection) == 1
+        assert position(connection) == 4
         connection.send(post(name, BODY, mine + b"Origin: https://pages.example\r\n"))
         status, headers, body = connection.answer()
         assert (status, headers["access-control-allow-origin"]) == (200, "https://pages.example")
-        assert json.loads(body)["position"] == 2
+        assert json.loads(body)["position"] == 5
     with As(server, metrics_key) as admin:
-        assert admin.metric("recurra_tenant_requests_total", tenant="mine", status="200") == 2
+        assert admin.metric("recurra_tenant_requests_total", tenant="mine", status="200") == 3
+        assert admin.metric("recurra_tenant_steps_total", tenant="mine") == 5
