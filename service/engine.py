@@ -6,12 +6,12 @@ Large folds are begun ahead: the commit and the replies of one are made while th
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -52,6 +52,9 @@ AHEAD_DRAWN, AHEAD_FED = 32, 96
 another thread, and to cut in two what would have come together"""
 MAX_AHEAD = 2
 """folds that are under way at once"""
+HURRY_S = 0.008
+"""how long a roll-out goes on when others have come: a commit of its rows costs about two milliseconds, so that less
+would cost streams more than it saves the others"""
 
 Post = Callable[[list[tuple[Listener, Event]]], None]
 """Takes a tick's events to the event loop; called on the engine's thread."""
@@ -63,6 +66,13 @@ class LogDamaged(Exception):
     def __init__(self, head: Head) -> None:
         super().__init__("the log does not hold what its head says")
         self.head = head
+
+
+class Took(NamedTuple):
+    """What a tick took: seconds, and how many steps of each row."""
+
+    seconds: float
+    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,29 +332,29 @@ class Engine:
         if not works:
             return
         act = self._roll if batch.draws else partial(self._fold, begun=ahead.begun) if ahead else self._fold
-        seconds = self._together(act, works, batch.steps)
+        seconds, steps = self._together(act, works, batch.steps)
         width = sum(work.width for work in works)
-        self._scheduler.pace.took(batch.draws, width, batch.steps, seconds)
+        self._scheduler.pace.took(batch.draws, width, steps, seconds)
         self._ticks.inc()
         self._run_seconds.observe(seconds)
         self._batch_rows.observe(width)
         count, total = self.calls.get(width, (0, 0.0))
         self.calls[width] = (count + 1, total + seconds)
-        self._steps.inc(batch.steps * width)
+        self._steps.inc(steps * width)
         if tracing.on:
             tracing.tell("run", works, seconds)
 
-    def _together(self, act: Callable[[list[Work], int], float], works: list[Work], steps: int) -> float:
-        """All rows at once; after a failure each once alone, so that one bad row harms no other. Gives the seconds."""
+    def _together(self, act: Callable[[list[Work], int], Took], works: list[Work], steps: int) -> Took:
+        """All rows at once; after a failure each once alone, so that one bad row harms no other."""
         try:
             return act(works, steps)
         except Exception:
             log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=steps)
             if len(works) == 1:
                 works[0].failed(self._refusal())
-                return 0.0
+                return Took(0.0, steps)
             alone = self._roll if works[0].draws else self._fold
-            return sum(self._together(alone, [work], steps) for work in works)
+            return Took(sum(self._together(alone, [work], steps).seconds for work in works), steps)
 
     def _refusal(self) -> Problem:
         """What is answered when the graph fails: of a raw model's inputs only the graph knows what they may be."""
@@ -352,16 +362,16 @@ class Engine:
             return invalid("the model's graph can not be run on these inputs", "/inputs")
         return Problem("internal", "the model could not be run on these inputs")
 
-    def _fold(self, works: list[Work], steps: int, begun: Begun | None = None) -> float:
+    def _fold(self, works: list[Work], steps: int, begun: Begun | None = None) -> Took:
         folded = self._runner.end(begun) if begun is not None else self._runner.run(*_call_of(works, steps))
         end = 0
         for work in works:
             begin, end = end, end + work.width
             outputs = {name: array[:, begin:end] for name, array in folded.outputs.items()}
             self._faults.inc(work.take(outputs, folded.rows[begin:end], folded.finite))
-        return folded.seconds
+        return Took(folded.seconds, steps)
 
-    def _roll(self, works: list[Work], steps: int) -> float:
+    def _roll(self, works: list[Work], steps: int) -> Took:
         """Fold the last entry of each, draw the next from what comes out, and so on."""
         began = perf_counter()
         rolling = cast(list[Generate], works)
@@ -372,8 +382,11 @@ class Engine:
         uniform = sampler.numbers(np.array([work.next_position for work in rolling]), steps)
         tokens, logprobs = np.empty((steps, len(works)), np.int64), np.empty((steps, len(works)), np.float32)
 
+        taken = 0
+
         def draw(step: int, outputs: Output) -> Array:
-            logits = outputs["logits"]
+            nonlocal taken
+            taken, logits = step + 1, outputs["logits"]
             tokens[step], logprobs[step] = sampler.draw(logits, uniform[step])
             for i, work in showing:
                 work.show(logits[i])
@@ -381,15 +394,24 @@ class Engine:
 
         entries = np.array([work.entries[-1] for work in rolling])
         ahead = len(works) >= AHEAD_DRAWN and all(work.steps > steps for work in rolling)
-        folded = self._runner.roll(entries, [work.row for work in works], steps, draw, ahead)
+        folded = self._runner.roll(entries, [work.row for work in works], self._until_hurried(steps), draw, ahead)
         if not folded.finite:
-            self._roll_with_care(works, steps)
-            return perf_counter() - began
-        drawn, chances = tokens.T.astype(self.codec.entry_dtype, order="C"), np.ascontiguousarray(logprobs.T)
+            self._roll_with_care(works, taken)
+            return Took(perf_counter() - began, taken)
+        drawn = tokens[:taken].T.astype(self.codec.entry_dtype, order="C")
+        chances = np.ascontiguousarray(logprobs[:taken].T)
         for i, work in enumerate(rolling):
             outputs = {name: array[0, i] for name, array in folded.outputs.items()}
             self._tokens.inc(work.rolled(drawn[i], chances[i], outputs, folded.rows[i]))
-        return perf_counter() - began
+        return Took(perf_counter() - began, taken)
+
+    def _until_hurried(self, steps: int) -> Iterator[int]:
+        """Numbers of the steps to take: fewer when others have come, who would wait for all of them."""
+        began = perf_counter()
+        for step in range(steps):
+            if step and self._inbox and perf_counter() - began > HURRY_S:
+                return
+            yield step
 
     def _roll_with_care(self, works: list[Work], steps: int) -> None:
         """After a number that is not finite: each row alone and step by step, up to the last good token."""

@@ -7,7 +7,7 @@ not change a bit on this machine; where they do, rows are run one at a time and 
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import is_
@@ -89,15 +89,18 @@ class Runner:
         finite = self._finite((*outputs, *states))
         return Folded(self._named(outputs), self._folding.take(states), finite, seconds)
 
-    def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
+    def roll(
+        self, entries: Array, rows: Sequence[Row], steps: Iterable[int], draw: Draw, ahead: bool = False
+    ) -> Folded:
         """Fold `entries` [B], one a row, and then those that are drawn; `outputs` are those of the last step.
 
+        `steps` are their numbers, at least one, and may end early.
         With `ahead` the step after the last is begun at once, beside what the caller does until the next roll-out.
         """
         states = self._rolling.states_of(rows)
         early = self._rolling.early(rows, entries)
         finite = True
-        for step in range(steps):
+        for step in steps:
             outputs, states = early.result() if early is not None else self._call(entries[None], states)
             early = None
             finite = finite and all(map(state.all_finite, outputs))

@@ -2,8 +2,9 @@
 
 A call folds the same number of steps for every row, so a row that has n steps to go joins the rows with the same power
 of two of steps (at most `MAX_STEPS`); a fold's result does not depend on how it is cut. Rows that know their entries
-and rows that draw them wait apart. The batch that has waited longest goes first and a row goes to the back after each
-tick, so a long feed waits behind the streams and they behind it, never longer than about a tick.
+and rows that draw them wait apart. The batch that has waited longest goes first, and a row goes to the back after each
+tick: a long feed waits behind the streams and they behind it, and what came during a tick goes before the rows of that
+tick.
 """
 
 from collections import deque
@@ -104,10 +105,10 @@ class Scheduler(Generic[R]):
 
     def next(self) -> Batch[R] | None:
         """The rows of the next tick, taken from the queue whose first row has waited longest."""
-        waiting = [(queue[0][0], kind) for kind, queue in self._queues.items() if queue]
+        waiting = [(queue[0][1], queue[0][0], kind) for kind, queue in self._queues.items() if queue]
         if not waiting:
             return None
-        draws, steps = min(waiting)[1]
+        *_, (draws, steps) = min(waiting)
         queue = self._queues[draws, steps]
         _, since, first = queue.popleft()
         rows = [first]

@@ -5,7 +5,7 @@ beside the graph's own states after them. So the log, snapshots, forks, forecast
 of it, and a session's state depends on its last W entries alone, however they came.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
@@ -100,10 +100,12 @@ class Windowed:
         folded: Folded = begun.result()
         return folded
 
-    def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
+    def roll(
+        self, entries: Array, rows: Sequence[Row], steps: Iterable[int], draw: Draw, ahead: bool = False
+    ) -> Folded:
         """Take `entries` [B], one a row, and then those that are drawn; `outputs` are those of the last step."""
         finite = True
-        for step in range(steps):
+        for step in steps:
             folded = self.run(entries[None], rows)
             rows, finite = folded.rows, finite and folded.finite
             entries = draw(step, {name: array[0] for name, array in folded.outputs.items()})

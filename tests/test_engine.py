@@ -1,7 +1,7 @@
 """The engine without HTTP: commit before reply, failures that harm nobody else, sessions that wake as they slept."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -15,6 +15,7 @@ from service.runner import Draw, Folded, Runner
 from service.state import Array, Row
 from service.store.base import Commit, CommitUnknown, Conflict, Generation, Head, Key, Snapshot, StoreError
 from service.store.memory import MemoryStore
+from service.tasks import Output
 from service.work.base import NewSession, Work
 from service.work.events import Done, Event, Failed, LostRace, Suspended, Token, Tokens
 from service.work.feed import Feed, Predict
@@ -180,9 +181,12 @@ class CountingRunner:
         self.calls.append((len(rows), len(entries)))
         return self._runner.run(entries, rows)
 
-    def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
-        self.calls.append((len(rows), steps))
-        return self._runner.roll(entries, rows, steps, draw, ahead)
+    def roll(
+        self, entries: Array, rows: Sequence[Row], steps: Iterable[int], draw: Draw, ahead: bool = False
+    ) -> Folded:
+        numbers = list(steps)
+        self.calls.append((len(rows), len(numbers)))
+        return self._runner.roll(entries, rows, numbers, draw, ahead)
 
     def close(self) -> None:
         self._runner.close()
@@ -491,12 +495,62 @@ def test_the_number_of_tokens_a_tick_changes_nothing(rig: MakeRig, monkeypatch: 
     assert told() == rolled
 
 
+class Disturbed(CountingRunner):
+    """Notes how many steps each roll-out takes; in the first one something happens at a step."""
+
+    at = 3
+    happens: Callable[[], object] = staticmethod(lambda: None)
+
+    def roll(
+        self, entries: Array, rows: Sequence[Row], steps: Iterable[int], draw: Draw, ahead: bool = False
+    ) -> Folded:
+        drawn: list[int] = []
+
+        def noted(step: int, outputs: Output) -> Array:
+            drawn.append(step)
+            if step == self.at and not self.calls:
+                self.happens()
+            return draw(step, outputs)
+
+        folded = self._runner.roll(entries, rows, steps, noted, ahead)
+        self.calls.append((len(rows), len(drawn)))
+        return folded
+
+
+@pytest.mark.parametrize("streams", [1, 40])
+def test_a_roll_out_ends_early_for_those_who_come(rig: MakeRig, monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
+    """A feed that comes within a roll-out is answered after that step, and the tokens stay the same."""
+    monkeypatch.setattr(scheduler, "TICK_S", {True: 10.0, False: 10.0})
+    monkeypatch.setattr("service.engine.HURRY_S", 0.0)
+
+    def told(disturbed: bool) -> tuple[list[list[tuple[int, int, str, float]]], list[tuple[int, int]]]:
+        runners: list[Disturbed] = []
+        one = rig(start=False, wrap=lambda runner: runners.append(Disturbed(runner)) or runners[0])
+        ears = [Ear() for _ in range(streams)]
+        if disturbed:
+            fed = Ear()
+            runners[0].happens = lambda: feed(one, symbols(1), "other", new=True, ear=fed)
+        for i, ear in enumerate(ears):
+            one.engine.submit(Generate(ear, NewSession(key(str(i)), i), symbols(i % 12), generation(max_tokens=60)))
+        one.start()
+        if disturbed:
+            assert fed.end().head.position == 1
+        return [tokens(ear) for ear in ears if ear.end()], runners[0].calls
+
+    alone, steps = told(disturbed=False)
+    beside, hurried = told(disturbed=True)
+    assert alone == beside
+    assert steps[0] == (streams, 32) and hurried[0] == (streams, 4)
+
+
 class PoisonedLogits(CountingRunner):
     """Raises, or gives NaN, when a roll-out folds the poison."""
 
     raises = False
 
-    def roll(self, entries: Array, rows: Sequence[Row], steps: int, draw: Draw, ahead: bool = False) -> Folded:
+    def roll(
+        self, entries: Array, rows: Sequence[Row], steps: Iterable[int], draw: Draw, ahead: bool = False
+    ) -> Folded:
         if (entries == POISON).any() and self.raises:
             raise RuntimeError("poison")
         folded = super().roll(entries, rows, steps, draw, ahead)

@@ -186,7 +186,7 @@ def test_a_roll_out_is_what_single_steps_give(models: Path, exactly: bool) -> No
         return drawn[-1]
 
     drawn: list[Array] = []
-    rolled = runner.roll(np.array([1, 2, 3]), rows, 6, likeliest)
+    rolled = runner.roll(np.array([1, 2, 3]), rows, range(6), likeliest)
     for i in range(3):
         entries, row = np.array([i + 1]), rows[0]
         for step in range(6):

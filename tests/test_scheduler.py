@@ -126,6 +126,15 @@ def test_the_row_that_has_waited_longest_goes_first() -> None:
     assert order == rows
 
 
+def test_who_came_during_a_tick_goes_before_the_rows_of_that_tick() -> None:
+    scheduler = Scheduler[Row](8)
+    stream, newcomer = Row(9, draws=True), Row(1)
+    scheduler.add(stream, since=2.0)
+    scheduler.add(newcomer, since=1.0)
+    order = [batch.rows[0] for _ in range(2) if (batch := scheduler.next()) is not None]
+    assert order == [newcomer, stream]
+
+
 def test_a_long_feed_among_streams_makes_nobody_wait() -> None:
     """100,000 steps beside 20 streams: a stream is never more than one other batch away from its turn."""
     streams = [Row(1) for _ in range(20)]

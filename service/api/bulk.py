@@ -144,11 +144,15 @@ class Bulk:
 
     async def _answer_until(self, most: int, send: Send) -> None:
         """Answer the lines that can be answered at once, and others until no more than `most` are under way."""
+        answered = 0
         while self._begun and (len(self._begun) > most or self._begun[0].ready):
             if self._parts and (len(self._parts) >= PART_BYTES or not self._begun[0].ready):
                 await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": True})
                 self._parts.clear()
             self._parts += await self._next_answer()
+            answered += 1
+            if answered % SLICE == 0:
+                await asyncio.sleep(0)
 
     async def _next_answer(self) -> bytes:
         line = self._begun[0]
