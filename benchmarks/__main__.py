@@ -1,15 +1,15 @@
-"""All benchmarks of `docs/performance.md`, one after another: `make bench`, about forty minutes."""
+"""All benchmarks of `docs/performance.md`, one after another: `make bench`, about fifty minutes."""
 
 import argparse
 import sys
 import traceback
 from types import ModuleType
 
-from benchmarks import bulk, feed, memory, posts, scaling, streams, threads
+from benchmarks import bulk, feed, memory, neighbours, posts, replicas, scaling, streams, threads
 from benchmarks.report import finish, models_of, parser, publish
 from benchmarks.served import say
 
-MODULES: tuple[ModuleType, ...] = (streams, posts, bulk, feed, threads, memory, scaling)
+MODULES: tuple[ModuleType, ...] = (streams, posts, bulk, feed, neighbours, threads, replicas, memory, scaling)
 
 
 def chosen_of(module: ModuleType, told: argparse.Namespace) -> argparse.Namespace:

@@ -126,6 +126,14 @@ class Connection(Wire):
         self._place = "answer"
         super().on_message_complete()
 
+    def on_known_step(self) -> None:
+        """A request is there as a whole, and was not parsed."""
+        self._place = "answer"
+        self._requests += 1
+
+    def _is_free(self) -> bool:
+        return not self._turned_away and super()._is_free()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP; or nothing, where a problem was answered already."""
         if self._problem is None:

@@ -1,20 +1,19 @@
 """The shortest way to a step: a small POST of one is answered by the protocol itself, without a task and without ASGI.
 
 Only what is plain goes this way: what can not be begun at once, and whatever would be refused, is handed to the
-application as if it had never been looked at. Uvicorn's protocol does all the reading of HTTP.
+application as if it had never been looked at. Uvicorn's protocol does all the reading of HTTP; a head that it has read
+once, byte by byte the same but for the session, is known when it comes again.
 """
 
 import re
 from typing import Any, ClassVar
 
-from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service import metrics, tracing
 from service.api import errors
 from service.api.auth import EVERYTHING
 from service.api.limits import steps_in
-from service.api.responses import JsonLine
 from service.api.sessions import StepsBody, answer_line, feed_of, written
 from service.run import Race
 from service.session import Feeding, Sessions
@@ -25,8 +24,13 @@ UNUSUAL = frozenset(
 )
 """headers that ask for more than a step"""
 
+MAX_KNOWN, MAX_KNOWN_BYTES = 256, 2048
+"""heads that are known, and how long they may be"""
+
 _STEPS = re.compile(rb"/v1/sessions/([A-Za-z0-9._:-]{1,128})/steps")
+_FIRST_LINE = re.compile(rb"POST /v1/sessions/([A-Za-z0-9._:-]{1,128})/steps HTTP/1\.1\r\n")
 _ANSWERED = metrics.REQUESTS.labels("POST", "200")
+_OK, _JSON = STATUS_LINE[200], b"content-length: %d\r\ncontent-type: application/json\r\n"
 
 
 class _Nobody:
@@ -61,7 +65,7 @@ class Step:
         except Exception as error:
             self.refuse(error)
         else:
-            self._answer(JsonLine(answer))
+            self._answered(answer)
 
     async def again(self, sessions: Sessions) -> None:
         """Somebody else moved the session first: try again, as the application does."""
@@ -71,20 +75,24 @@ class Step:
         except Exception as error:
             self.refuse(error)
         else:
-            self._answer(JsonLine(answer))
+            self._answered(answer)
 
     def refuse(self, error: Exception) -> None:
         """Answer with a problem."""
-        self._answer(errors.answer_to(error))
+        answer = errors.answer_to(error)
+        metrics.REQUESTS.labels("POST", str(answer.status_code)).inc()
+        self._count(answer.status_code)
+        headers = b"".join([b"%b: %b\r\n" % header for header in answer.raw_headers])
+        self.protocol.answer(self, STATUS_LINE[answer.status_code], headers, bytes(answer.body))
 
-    def _answer(self, answer: Response) -> None:
-        if answer.status_code == 200:
-            _ANSWERED.inc()
-        else:
-            metrics.REQUESTS.labels("POST", str(answer.status_code)).inc()
+    def _answered(self, answer: bytes) -> None:
+        _ANSWERED.inc()
+        self._count(200)
+        self.protocol.answer(self, _OK, _JSON % len(answer), answer)
+
+    def _count(self, status: int) -> None:
         if self.tenant:
-            metrics.TENANT_REQUESTS.labels(self.tenant, str(answer.status_code)).inc()
-        self.protocol.answer(self, answer)
+            metrics.TENANT_REQUESTS.labels(self.tenant, str(status)).inc()
 
 
 class Wire(HttpToolsProtocol):
@@ -95,15 +103,58 @@ class Wire(HttpToolsProtocol):
     _default_headers: ClassVar[list[tuple[bytes, bytes]] | None] = None
     _beginning: ClassVar[bytes] = b""
     """of every answer, while the default headers are those"""
+    _known: ClassVar[dict[bytes, tuple[int, bytes | None]]] = {}
+    """heads of plain steps without their first line: the body's length, and what says who asks"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (uvicorn's)
         super().__init__(*args, **kwargs)
         self._application = self.config.app
         self._session_id: str | None = None
+        self._authorization: bytes | None = None
         self._body = bytearray()
         self._step: Step | None = None
+        self._within = False
+        """a request has come in part"""
+
+    def data_received(self, data: bytes) -> None:
+        """Begin a step whose head is known; anything else is parsed."""
+        whole = None if self._within else _FIRST_LINE.match(data)
+        if whole is None:
+            super().data_received(data)
+            return
+        end = data.find(b"\r\n\r\n", whole.end() - 2) + 4
+        head, length = data[whole.end() : end], len(data) - end
+        known = self._known.get(head)
+        if known is not None and known[0] == length and self._is_free():
+            step = self._begin(whole[1].decode("ascii"), data[end:], known[1])
+            if step is not None:
+                self._unset_keepalive_if_required()
+                self.cycle = self._step = step  # type: ignore[assignment]
+                self.on_known_step()
+                return
+        before = self._step
+        super().data_received(data)
+        begun = self._step is not None and self._step is not before
+        if begun and known is None and not self._within and len(head) <= MAX_KNOWN_BYTES:
+            self._remember(head, length)
+
+    def on_known_step(self) -> None:
+        """A step has begun whose request was not parsed."""
+
+    def _remember(self, head: bytes, length: int) -> None:
+        """The data was one request, and a plain step: so is any that differs in the session and the body alone."""
+        said = dict(self.headers)
+        if int(said[b"content-length"]) == length:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[head] = (length, said.get(b"authorization"))
 
     # ------------------------------------------------------------------ uvicorn's parser calls these
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._within = True
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """Begin the application's task, unless the request may be a plain step: then wait for its body."""
@@ -120,12 +171,13 @@ class Wire(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Begin the step, or hand the request to the application."""
+        self._within = False
         session_id, self._session_id = self._session_id, None
         if session_id is None:
             super().on_message_complete()
             return
         body, self._body = bytes(self._body), bytearray()
-        step = self._begin(session_id, body)
+        step = self._begin(session_id, body, self._authorization)
         if step is None:
             super().on_headers_complete()
             super().on_body(body)
@@ -161,6 +213,7 @@ class Wire(HttpToolsProtocol):
             and len(said) == len(self.headers)
             and self.parser.should_keep_alive()
         )
+        self._authorization = said.get(b"authorization")
         return found[1].decode("ascii") if plain and self._is_free() else None
 
     def _is_free(self) -> bool:
@@ -169,13 +222,13 @@ class Wire(HttpToolsProtocol):
             return False
         return self.limit_concurrency is None or len(self.connections) < self.limit_concurrency
 
-    def _begin(self, session_id: str, content: bytes) -> Step | None:
+    def _begin(self, session_id: str, content: bytes, authorization: bytes | None) -> Step | None:
         """Begin a step; None when it has to wait for something, or to be refused."""
         state = self._application.state  # type: ignore[union-attr]
         try:
             if len(content) > state.settings.max_body_bytes:
                 return None
-            tenant = state.keys.tenant_of(dict(self.headers).get(b"authorization"))
+            tenant = state.keys.tenant_of(authorization)
             if tenant.allowed is not EVERYTHING:
                 return None  # the door counts, and says on the answer what is left
             body = StepsBody.model_validate_json(content)
@@ -196,15 +249,13 @@ class Wire(HttpToolsProtocol):
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def answer(self, step: Step, response: Response) -> None:
+    def answer(self, step: Step, status: bytes, headers: bytes, body: bytes) -> None:
         """Write an answer in one part, together with those of the other connections that come in the same turn."""
         self._step = None
-        headers = b"".join([b"%b: %b\r\n" % header for header in response.raw_headers])
         end = b"\r\n" if step.keep_alive else b"connection: close\r\n\r\n"
-        first = STATUS_LINE[response.status_code] + self._defaults()
         if not Wire._written:
             self.loop.call_soon(Wire._send)
-        Wire._written.append((self, step, b"".join((first, headers, end, response.body))))
+        Wire._written.append((self, step, b"".join((status, self._defaults(), headers, end, body))))
 
     @staticmethod
     def _send() -> None:

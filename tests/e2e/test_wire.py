@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from keyed import As, KeysFile
+from keyed import READ_S, As, KeysFile
 from live import MakeServer, Server
 
 ORDINARY = b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n"
@@ -104,6 +104,50 @@ def position(connection: Connection) -> int:
 
 
 BODY = b'{"model": "tiny-letters", "inputs": "a"}'
+
+
+def test_a_head_that_is_known_changes_no_answer(connection: Connection, name: str) -> None:
+    """Each head is read once with a plain step, and then comes again with another session and another body."""
+    for i, body in enumerate(BODIES):
+        if not len(BODY) <= len(body) < 64_000:
+            continue
+        for _ in range(2):
+            connection.send(post(f"{name}-plain-{i}", BODY.ljust(len(body))))
+            assert connection.answer()[0] == 200
+        told = []
+        for way, more in (("w", b""), ("a", ORDINARY)):
+            connection.send(post(f"{name}-{way}-{i}", body, more))
+            status, headers, answer = connection.answer()
+            told.append((status, headers, answer.replace(f"{name}-a-".encode(), f"{name}-w-".encode())))
+        assert told[0] == told[1], body
+
+
+def test_a_known_head_may_be_followed_by_anything(connection: Connection, name: str) -> None:
+    request = post(name, BODY)
+    for _ in range(3):
+        connection.send(request)
+        connection.answer()
+    connection.send(request[:-5])
+    time.sleep(0.05)
+    connection.send(request[-5:] + request + request[:30])
+    assert [position(connection) for _ in range(2)] == [4, 5]
+    connection.send(request[30:])
+    assert position(connection) == 6
+    connection.send(request + request)
+    assert [position(connection) for _ in range(2)] == [7, 8]
+    connection.send(request.replace(b"\r\nHost", b"\r\nConnection: close\r\nHost"))
+    assert position(connection) == 9
+    assert connection.closed()
+
+
+def test_what_comes_behind_a_plain_step_is_no_plain_head(connection: Connection, name: str) -> None:
+    """A request that waits for the step before it is read while that is under way: its key still counts."""
+    for i in range(20):
+        for _ in range(2):
+            connection.send(post(name, BODY))
+            connection.send(post(name, BODY, b'Idempotency-Key: "k%d"\r\n' % i))
+        found = [position(connection) for _ in range(4)]
+        assert found == [3 * i + 1, 3 * i + 2, 3 * i + 3, 3 * i + 2]
 
 
 def test_requests_that_come_together_are_answered_in_order(connection: Connection, name: str) -> None:
@@ -244,3 +288,14 @@ def test_a_plain_step_goes_through_the_door_as_well(fresh: MakeServer, tmp_path:
     with As(server, metrics_key) as admin:
         assert admin.metric("recurra_tenant_requests_total", tenant="mine", status="200") == 3
         assert admin.metric("recurra_tenant_steps_total", tenant="mine") == 5
+    with closing(Connection(server)) as connection:
+        connection.send(post(name, BODY, mine))
+        assert position(connection) == 6
+        file.revoke(key)
+        end = time.monotonic() + READ_S
+        while True:
+            connection.send(post(name, BODY, mine))
+            if (status := connection.answer()[0]) != 200 or time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        assert status == 401
