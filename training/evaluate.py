@@ -30,7 +30,7 @@ PAIRS = 500
 """of which answers are written out; more would take long and say little new"""
 SEEN = (0.25, 0.5, 0.75, 1.0)
 """shares of a labelled sequence after which its label is judged"""
-RESET = {"language-model": 64, "classifier": 16}
+RESET = {"language-model": (64, 256), "classifier": (16,)}
 """For comparison the state is zeroed every so many steps."""
 
 
@@ -67,7 +67,7 @@ def score_text(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     """Nats and bits a symbol, per text and in all, state carried and reset, beside unigram and 5-gram."""
     names = [sequence.name for sequence in corpus.test]
     carried = losses(model, corpus.test)
-    reset = losses(model, cut(corpus.test, RESET["language-model"]))
+    reset = {every: losses(model, cut(corpus.test, every)) for every in RESET["language-model"]}
     steps = scored_steps(corpus.test)
     nats = sum(carried) / steps
     if corpus.separator:
@@ -77,7 +77,7 @@ def score_text(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
         "symbols": steps,
         "nats": nats,
         "model": nats / math.log(2),
-        "model_reset_every_64": sum(reset) / steps / math.log(2),
+        **{f"model_reset_every_{every}": sum(lost) / steps / math.log(2) for every, lost in reset.items()},
         **bits_a_character(corpus, sum(carried)),
         **baselines.text_bits(corpus, corpus.test),
         "by_text": {
@@ -171,7 +171,7 @@ def score_labels(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     """Accuracy over all scored steps, with the state carried and reset; by distance where the corpus has probes."""
     if corpus.whole:
         return score_whole(model, corpus)
-    every = RESET["classifier"]
+    (every,) = RESET["classifier"]
     train, test = (torch.cat([s.targets[s.weights > 0] for s in part]).numpy() for part in (corpus.train, corpus.test))
     figures: dict[str, Any] = {
         "unit": "share of steps right",

@@ -33,11 +33,13 @@ class Line:
     """The training figure, smoothed, in the task's unit."""
     rate: float
     """Time steps learnt a second, over all rows."""
-    eta_s: float
+    eta_s: float | None
+    """None before the first step is done."""
 
     def text(self) -> str:
         """For people."""
-        return f"step {self.step:>6}  {self.figure:8.4f}  {self.rate:8,.0f} steps/s  ETA {_clock(self.eta_s)}"
+        eta = _clock(self.eta_s) if self.eta_s is not None else "?"
+        return f"step {self.step:>6}  {self.figure:8.4f}  {self.rate:8,.0f} steps/s  ETA {eta}"
 
 
 class Board(Protocol):

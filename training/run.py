@@ -122,7 +122,8 @@ class Run:
         """The newest step as it is shown."""
         fraction, seconds = self.fraction, time.monotonic() - self._began
         rate = (self.progress.symbols - self._first_symbol) / max(seconds, 1e-9)
-        eta = seconds * (1 - fraction) / max(fraction - self._fraction_before, 1e-9)
+        gained = fraction - self._fraction_before
+        eta = seconds * (1 - fraction) / gained if gained > 0 else None
         return Line(self.progress.step, fraction, self.job.task.figure(self._smooth.value), rate, eta)
 
     def record(self, validation: float) -> dict[str, Any]:
