@@ -36,6 +36,19 @@ def test_text_is_split_in_order_without_overlap(tmp_path: Path) -> None:
     assert torch.equal(first.inputs[1:], first.targets[:-1])
 
 
+@pytest.mark.parametrize("kind", ["characters", "bytes"])
+def test_without_a_test_part_the_validation_part_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(data_text, "MAPPED_BYTES", 100)
+    path = tmp_path / "book.txt"
+    path.write_text("abcdefghij" * 20)
+    corpus = data_text.text_file(path, 0.1, 0, data_text.Coding(kind))
+    assert data_text.UNTESTED in corpus.notes
+    parts = [part[0].targets.tolist() for part in (corpus.train, corpus.validation, corpus.test)]
+    assert parts[1] == parts[2] and len(parts[0]) in (179, 180) and len(parts[1]) in (19, 20)
+
+
 def test_characters_that_training_lacks_are_reported_and_left_out(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("ab" * 50 + "é" * 3 + "ab" * 5, encoding="utf-8")

