@@ -5,6 +5,7 @@ import json
 import math
 import random
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,40 @@ def test_held_out_blocks_are_not_learnt_and_not_lost() -> None:
     assert float(between.min()) >= 0 and float(between.sum()) <= 4 * 2 * (1 + 4)
     blocks = learnt.targets[:, 0][kept.weights[:, 0] > 0]
     assert not set(blocks.tolist()) & set(learnt.targets[:, 0][learnt.weights[:, 0] > 0].tolist())
+
+
+def test_each_step_is_held_out_by_one_fold() -> None:
+    data = DataRecipe(targets=("n",), horizons=(1, 4), folds=3)
+    whole = counting(1000, data)
+    assert not whole.calibration
+    times = torch.zeros_like(whole.train[0].weights)
+    for fold in (1, 2, 3):
+        corpus = counting(1000, replace(data, fold=fold))
+        (learnt,), (kept,) = corpus.train, corpus.calibration
+        assert not bool((learnt.weights * kept.weights).any())
+        assert float(kept.weights[:, 0].sum()) == pytest.approx(700 / 3, abs=8)
+        times += kept.weights
+    assert float(times.max()) == 1
+    assert float((whole.train[0].weights - times).sum()) <= 12 * (1 + 4)  # a step in one block, its target in the next
+
+
+def test_quantiles_are_calibrated_on_what_further_models_lacked(tmp_path: Path, sensors: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--time", "time", "--series", "pump", "--target", "heat", "--out", run, *SMALL.split()]
+    options += ["--set", "data.calibration=0.0", "--set", "data.folds=2"]
+    first = last_json(call("train", "--data", sensors, *options))
+    _, meta = load_model(run)
+    assert meta["calibration"] == {"steps": pytest.approx(2 * (336 + 48), abs=20), "folds": 2}
+    lacks = [load_model(run / "folds" / fold)[1]["recipe"]["data"]["fold"] for fold in ("1", "2")]
+    assert lacks == [1, 2]
+    again = last_json(call("train", "--data", sensors, *options, "--resume"))
+    assert again == first
+    for wrong in ("data.folds=1", "data.calibration=0.1", "data.split=series", "data.fold=3"):
+        refused = call("train", "--data", sensors, *options, "--resume", "--set", wrong)
+        assert refused.exit_code == 1 and "data.fold" in refused.stderr
+    options[options.index(run)] = tmp_path / "next"
+    refused = call("train", "--data", sensors, *options, "--init-from", run)
+    assert refused.exit_code == 1 and "set data.folds=0" in refused.stderr
 
 
 # ------------------------------------------------------------------ backtest
@@ -299,6 +334,17 @@ def test_chorales_ask_for_the_next_notes(tmp_path: Path) -> None:
     assert piece.inputs.nonzero().tolist() == [[0, 39], [0, 43], [1, 41]]
     assert piece.targets.nonzero().tolist() == [[0, 41]]
     assert corpus.labels[39] == "note_60"
+    assert not corpus.variants
+
+
+def test_chorales_are_learnt_in_other_keys_too(tmp_path: Path) -> None:
+    path = tmp_path / "jsb.json"
+    path.write_text(json.dumps({name: [[[21, 64], [108]]] for name in ("train", "valid", "test")}))
+    corpus = labelled.chorales(path, transpose=2)
+    assert [one.name for one in corpus.variants] == ["train-2-0", "train-1-0", "train+1-0", "train+2-0"]
+    notes = [(one.inputs.nonzero()[:, 1].tolist(), one.targets.nonzero()[:, 1].tolist()) for one in corpus.variants]
+    assert notes == [([41], [85]), ([42], [86]), ([1, 44], []), ([2, 45], [])]  # what leaves the piano is left out
+    assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [1, 1, 1]
 
 
 def test_a_catalogue_of_earthquakes_as_csv_or_geojson(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from service.bundle import MAX_WINDOW, Window, load
 from training import loop
 from training.backtest import backtest_run
-from training.calibrate import calibrate_run
+from training.calibrate import calibrate_run, cross
 from training.checkpoint import CheckpointError, load_model
 from training.config import RecipeError, read_recipe, recipe_from, recipe_names
 from training.corpora import OWN, load_corpus
@@ -117,20 +117,22 @@ def train(
         log = Path(log_json) if log_json and not json_lines and group.leads else None
         curves = board(folder) if job.recipe.train.tensorboard and group.leads else None
         report = Report(job.task.unit, quiet=quiet or not group.leads, log_json=json_lines, log=log, board=curves)
-        run(job, folder, report, resume, group)
+        say = silent if quiet or json_lines else typer.echo
+        ended = run(job, folder, report, resume, group)
         if job.model.config.quantiles and group.leads:
-            steps = calibrate_run(folder, job.corpus)
-            if not (quiet or json_lines):
-                done = f"calibrated on {steps:,} held-out steps" if steps else "not calibrated: too few held-out steps"
-                typer.echo(f"quantiles {done}")
+            steps = calibrate_run(folder, job.corpus, cross(folder, job, cache, say) if ended else [])
+            say(f"quantiles {f'calibrated on {steps:,}' if steps else 'not calibrated: too few'} held-out steps")
         if evaluation and group.leads:
-            if not (quiet or json_lines):
-                typer.echo(f"scoring the test part, {sum(map(len, job.corpus.test)):,} steps")
+            say(f"scoring the test part, {sum(map(len, job.corpus.test)):,} steps")
             show_metrics(evaluate_run(folder, cache), quiet=quiet or json_lines)
 
 
-def run(job: Job, out: Path, report: Report, resume: bool, group: Group) -> None:
-    """Say what is about to be learnt, learn it, say how it ended."""
+def silent(_text: str) -> None:
+    """In place of typer.echo, where nobody wants to be told."""
+
+
+def run(job: Job, out: Path, report: Report, resume: bool, group: Group) -> bool:
+    """Say what is about to be learnt, learn it, say how it ended; returns whether no signal stopped it."""
     recipe = job.recipe
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     for note in job.corpus.notes:
@@ -149,13 +151,14 @@ def run(job: Job, out: Path, report: Report, resume: bool, group: Group) -> None
     finally:
         report.close()
     if not group.leads:
-        return
+        return progress.ended
     report.event(
         "end",
         f"{progress.step} steps in {progress.minutes:.1f} min, best {progress.best:.4f} {job.task.unit}"
         f" at step {progress.best_step}, gradient clipped in {progress.clipped / max(1, progress.step):.0%} of steps",
         vars(progress),
     )
+    return progress.ended
 
 
 @app.command()

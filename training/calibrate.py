@@ -2,25 +2,31 @@
 
 A quantile of level q lies `stretch` times as far from the middle as the network says, where `stretch` is the
 q-quantile of (measured - middle) / (said - middle) over the held-out steps. The stretch is a part of the network from
-then on, so that every door gives calibrated quantiles. Held out are the validation part, which is the latest, and
-blocks spread over the training part (`data.calibration`), which are of other seasons and did not choose the
-checkpoint; the wider of what the two ask for is taken. The promise is that of exchangeable steps; the printed coverage
-of the test part says what became of it.
-Source: Romano, Patterson and Candes, Conformalized Quantile Regression (2019).
+then on, so that every door gives calibrated quantiles. Held out are the validation part, which is the latest, and of
+the training part, which is of other seasons and did not choose the checkpoint, blocks spread over it
+(`data.calibration`), or all of it: with `data.folds` further models are trained, each without its share, and are asked
+about that share. The wider of what the two ask for is taken. The promise is that of exchangeable steps; the printed
+coverage of the test part says what became of it.
+Source: Romano, Patterson and Candes, Conformalized Quantile Regression (2019); Vovk, Cross-conformal Predictors (2015).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training.checkpoint import load_model, save_best
+from training import loop
+from training.checkpoint import LAST, load_model, save_best
 from training.data import Corpus, Sequence
 from training.evaluate import forecasts
+from training.job import Job, prepare
 from training.model import ForecastHead, RecurrentModel, middle
+from training.report import Report
 
 LEAST = 50
 """steps; from fewer no quantile can be learnt"""
@@ -28,24 +34,51 @@ NARROW = 1e-6
 """of the target's scale; a quantile as near to the middle as that says nothing of a direction"""
 
 
-def calibrate_run(run: Path, corpus: Corpus) -> int:
+FOLDS = "folds"
+"""folder of the further models in a run's"""
+
+
+def calibrate_run(run: Path, corpus: Corpus, crossed: list[Tensor]) -> int:
     """Calibrate a run's best weights in place; returns the number of steps that were used, 0 where nothing was done."""
     model, meta = load_model(run)
-    used = calibrate(model, corpus)
+    used = calibrate(model, corpus, crossed)
     if used:
-        save_best(run, model, {**meta, "calibration": {"steps": used}})
+        folds = {"folds": meta["recipe"]["data"]["folds"]} if crossed else {}
+        save_best(run, model, {**meta, "calibration": {"steps": used, **folds}})
     return used
 
 
+def cross(run: Path, job: Job, cache: Path, say: Callable[[str], None]) -> list[Tensor]:
+    """Train the models that each lack a fold, in the run's folder; per column [N, Q] their ratios on what they lack.
+
+    Those that are there already are not trained again. Nothing comes back where the recipe wants no folds, or where a
+    signal came: --resume goes on.
+    """
+    found = []
+    for fold in range(1, job.recipe.data.folds + 1):
+        recipe = replace(job.recipe, data=replace(job.recipe.data, fold=fold))
+        part, out = prepare(recipe, cache, job.meta["command"]), run / FOLDS / str(fold)
+        progress = loop.train(part, out, Report(part.task.unit, quiet=True), resume=(out / LAST).exists())
+        if not progress.ended:
+            return []
+        best = f"best {progress.best:.4f} {part.task.unit} at step {progress.best_step}"
+        say(f"without fold {fold} of {recipe.data.folds}: {best}")
+        model, _ = load_model(out)
+        assert isinstance(model.head, ForecastHead)
+        found.append(ratios(model, model.head, part.corpus.calibration))
+    return [torch.cat(columns) for columns in zip(*found, strict=True)]
+
+
 @torch.no_grad()
-def calibrate(model: RecurrentModel, corpus: Corpus) -> int:
-    """Fit `head.stretch` on what was held out; returns the fewest steps that a column had, 0 if too few."""
+def calibrate(model: RecurrentModel, corpus: Corpus, crossed: list[Tensor] | None = None) -> int:
+    """Fit `head.stretch` on what was held out, with `crossed`; returns the fewest steps of a column, 0 if too few."""
     head, levels = model.head, model.config.quantiles
     if not isinstance(head, ForecastHead) or len(levels) < 2:
         return 0
     head.stretch.fill_(1.0)
     low, high = middle(len(levels))
     held_out = [ratios(model, head, part) for part in (corpus.validation, corpus.calibration) if part]
+    held_out += [crossed] if crossed else []
     for column in range(len(model.config.columns)):
         groups = [part[column] for part in held_out if len(part[column]) >= LEAST]
         for i, level in enumerate(levels):

@@ -44,6 +44,8 @@ class Progress:
     best_step: int = 0
     clipped: int = 0
     """Steps whose gradient was clipped."""
+    ended: bool = False
+    """No signal stopped it."""
 
 
 def save_best(run: Path, model: RecurrentModel, meta: dict[str, Any]) -> None:

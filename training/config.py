@@ -47,8 +47,15 @@ class DataRecipe:
     test: float = 0.2
     later: float = 0.0
     """Labelled sequences: a step weighs the share that was seen by then, to this power; 0 weighs all alike."""
+    transpose: int = 0
+    """jsb: semitones above and below its own key in which each training piece is learnt too."""
     calibration: float = 0.0
     """Share of the training part, in blocks spread over it, that is held out to calibrate a forecaster's quantiles."""
+    folds: int = 0
+    """Instead of that all is learnt from, and so many further models are trained, each without its share of it: on what
+    they had not seen the quantiles are calibrated (cross-conformal)."""
+    fold: int = 0
+    """Which of them this model is, 1 to `folds`; 0: the one that learns from all."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,12 @@ class Recipe:
             )
         if not 0 <= self.data.calibration < 0.5:
             raise RecipeError("data.calibration must be at least 0 and below 0.5")
+        if self.data.folds and (self.data.folds < 2 or self.data.calibration or self.data.split != "time"):
+            raise RecipeError("data.folds must be 2 or more, with data.calibration=0 and data.split=time")
+        if self.data.folds and (self.task not in ("forecaster", "regressor") or self.data.symbol):
+            raise RecipeError("data.folds are for what has quantiles of series of values: set data.folds=0")
+        if not 0 <= self.data.fold <= self.data.folds:
+            raise RecipeError("data.fold must be from 0 to data.folds")
 
     def to_json(self) -> dict[str, Any]:
         """A nested dict that `recipe_from` reads back."""

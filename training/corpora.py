@@ -51,7 +51,7 @@ def _own(recipe: Recipe, earlier: Mapping[str, Any] | None) -> Corpus:
     if data.source == "pairs":
         return translation.pairs_file(path, data)
     if data.source == "jsb":
-        return labelled.chorales(path)
+        return labelled.chorales(path, data.transpose)
     if data.source == "earthquakes":
         return events.earthquakes(path, data)
     if recipe.task == "language-model":

@@ -83,6 +83,8 @@ class Corpus:
     """Each sequence stands alone and is not cut to fill streams; its label is judged at its end."""
     separator: str = ""
     """Text in pairs: what stands between what is given and what is asked for."""
+    variants: list[Sequence] = field(default_factory=list)
+    """Training sequences in other forms whose answers are known, learnt from beside them; baselines leave them out."""
     calibration: list[Sequence] = field(default_factory=list)
     """The training sequences with the weight on those blocks that are held out of training, if any are."""
     warm_up: dict[str, int] = field(default_factory=dict)

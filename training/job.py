@@ -54,6 +54,8 @@ def prepare(recipe: Recipe, cache: Path, command: str, init_from: Path | None = 
     recipe = resolved(recipe)
     torch.manual_seed(recipe.train.seed)
     if init_from is not None:
+        if recipe.data.folds:
+            raise RecipeError(f"{init_from} has learnt from what data.folds would hold out: set data.folds=0")
         corpus, model = continued(recipe, cache, init_from)
     else:
         corpus = load_corpus(recipe, cache)
@@ -156,12 +158,12 @@ def build_optimiser(model: RecurrentModel, recipe: Recipe) -> torch.optim.Optimi
 
 def build_batches(recipe: Recipe, corpus: Corpus) -> Batches:
     """The data set of the recipe's form."""
-    train = recipe.train
+    train, sequences = recipe.train, corpus.train + corpus.variants
     if recipe.model.bidirectional:
-        return StreamSet(corpus.train, train.batch, max(map(len, corpus.train)), whole=True)
+        return StreamSet(sequences, train.batch, max(map(len, sequences)), whole=True)
     if train.form == "windowed":
-        return WindowSet(corpus.train, train.batch, train.steps, train.stride)
-    return StreamSet(corpus.train, train.batch, train.steps, whole=corpus.whole)
+        return WindowSet(sequences, train.batch, train.steps, train.stride)
+    return StreamSet(sequences, train.batch, train.steps, whole=corpus.whole)
 
 
 def build_meta(recipe: Recipe, corpus: Corpus, config: ModelConfig, command: str) -> dict[str, Any]:

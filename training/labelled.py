@@ -119,10 +119,11 @@ def weights_of(count: int, later: float) -> Tensor:
     return (torch.arange(1, count + 1) / count) ** later
 
 
-def chorales(path: Path) -> Corpus:
+def chorales(path: Path, transpose: int = 0) -> Corpus:
     """Bach's chorales as JSON {"train", "valid", "test"}: lists of pieces of chords of MIDI numbers; 88 notes a step.
 
-    At each step the notes of the next one are asked for.
+    At each step the notes of the next one are asked for. What is learnt from is heard in its own key and up to
+    `transpose` semitones above and below, as far as a piano's keys reach; the other parts in their own keys alone.
     """
     try:
         pieces = json.loads(path.read_text(encoding="utf-8"))
@@ -138,8 +139,10 @@ def chorales(path: Path) -> Corpus:
     def made(name: str, rolls: list[Array]) -> list[Sequence]:
         return [_next_notes(f"{name}-{i}", roll) for i, roll in enumerate(rolls) if len(roll) > 1]
 
+    keys = [key for key in range(-transpose, transpose + 1) if key]
     return Corpus(
         train=made("train", parts[0]),
+        variants=[one for key in keys for one in made(f"train{key:+}", [transposed(roll, key) for roll in parts[0]])],
         validation=made("validation", parts[1]),
         test=made("test", parts[2]),
         input_kind="values",
@@ -160,6 +163,16 @@ def piano_roll(piece: list[list[int]]) -> Array:
                 raise IndexError(note)
             roll[step, note - LOWEST] = 1
     return roll
+
+
+def transposed(roll: Array, semitones: int) -> Array:
+    """[N, 88] with every note so much higher; a note that would leave the piano is left out."""
+    moved = np.zeros_like(roll)
+    if semitones >= 0:
+        moved[:, semitones:] = roll[:, : NOTES - semitones]
+    else:
+        moved[:, :semitones] = roll[:, -semitones:]
+    return moved
 
 
 def _next_notes(name: str, roll: Array) -> Sequence:

@@ -38,6 +38,7 @@ def train(job: Job, out: Path, report: Report, *, resume: bool = False, group: G
     try:
         with interrupts(repeated=group.size == 1) as stopped:
             learn(run, report, stopped)
+            progress.ended = not stopped
             if group.leads and not run.evaluated and (run.done or progress.best is None):
                 evaluate(run, report)
             run.save()

@@ -163,12 +163,13 @@ def values_corpus(
             [_unseen_beyond(warm(sequence, *cuts[sequence.name]), data.horizons) for sequence in sequences],
             [warm(sequence, cuts[sequence.name][1], len(sequence)) for sequence in sequences],
         ]
-    blocks = [held_out(sequence, data) for sequence in parts[0]] if data.calibration and dealt is None else []
+    wanted = (data.calibration or data.fold) and dealt is None
+    kept = [held_out(sequence, data) for sequence in parts[0]] if wanted else []
     return Corpus(
-        train=[rest for rest, _ in blocks] or parts[0],
+        train=[rest for rest, _ in kept] or parts[0],
         validation=parts[1],
         test=parts[2],
-        calibration=[block for _, block in blocks],
+        calibration=[block for _, block in kept],
         input_kind="values",
         source=source,
         sha256=sha256,
@@ -188,11 +189,10 @@ def held_out(sequence: Sequence, data: DataRecipe) -> tuple[Sequence, Sequence]:
 
     Steps whose target lies in a block are not learnt from either.
     """
-    steps, each = len(sequence), int(len(sequence) * data.calibration / BLOCKS)
+    steps = len(sequence)
     inside = torch.zeros(steps, dtype=torch.bool)
-    for block in range(BLOCKS):
-        start = int((block + 0.5) * steps / BLOCKS) - each // 2
-        inside[start : start + each] = True
+    for block in blocks(steps, data):
+        inside[block] = True
     learnt, kept = sequence.weights.clone(), sequence.weights.clone()
     width = sequence.weights.shape[1] // len(data.horizons)
     for j, horizon in enumerate(data.horizons):
@@ -202,6 +202,17 @@ def held_out(sequence: Sequence, data: DataRecipe) -> tuple[Sequence, Sequence]:
         learnt[inside | target_inside, columns] = 0
         kept[~(inside & target_inside), columns] = 0
     return replace(sequence, weights=learnt), replace(sequence, weights=kept)
+
+
+def blocks(steps: int, data: DataRecipe) -> list[slice]:
+    """Which steps are held out, BLOCKS times: a quarter's middle, or its `fold`-th part of `folds`."""
+    if data.fold:
+        parts = BLOCKS * data.folds
+        edges = [steps * i // parts for i in range(parts + 1)]
+        return [slice(edges[i], edges[i + 1]) for i in range(data.fold - 1, parts, data.folds)]
+    each = int(steps * data.calibration / BLOCKS)
+    starts = [int((block + 0.5) * steps / BLOCKS) - each // 2 for block in range(BLOCKS)]
+    return [slice(start, start + each) for start in starts]
 
 
 def dealt_series(names: list[str], data: DataRecipe) -> dict[str, int]:

@@ -59,6 +59,17 @@ def gestures_file(path: Path) -> Path:
     return path
 
 
+def chorales_file(path: Path) -> Path:
+    rng = random.Random(4)
+    parts = {"train": 8, "valid": 2, "test": 3}
+    chorales = {
+        name: [[[48 + rng.randrange(12), 67] for _ in range(rng.randint(5, 30))] for _ in range(count)]
+        for name, count in parts.items()
+    }
+    path.write_text(json.dumps(chorales), encoding="utf-8")
+    return path
+
+
 def phones_file(path: Path) -> Path:
     rng = random.Random(3)
     lines = ["phone,pitch"] + [
@@ -85,10 +96,20 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "--time time --series pump --target heat --target load --horizon 1 --horizon 6",
     ),
     "later": (series_file, "series.csv", "--time time --series pump --target heat --horizon 6"),
+    "crossed": (
+        series_file,
+        "series.csv",
+        "--time time --series pump --target heat --set data.calibration=0.0 --set data.folds=2 --set model.norm=true",
+    ),
     "regression": (series_file, "series.csv", "--recipe regression --time time --series pump --target load"),
     "voice": (phones_file, "phones.csv", "--recipe regression --set data.symbol=phone --target pitch"),
     "moods": (series_file, "series.csv", "--recipe multi-label --time time --series pump --target wet --target loud"),
-    "gestures": (gestures_file, "gestures.csv", "--recipe sequences --series gesture --label kind"),
+    "chorales": (chorales_file, "chorales.json", "--recipe jsb --set data.transpose=1"),
+    "gestures": (
+        gestures_file,
+        "gestures.csv",
+        "--recipe sequences --series gesture --label kind --set model.norm=true --set model.noise=0.5",
+    ),
     "bytes": (text_of_book, "book.txt", "--tokens bytes"),
     "bpe": (text_of_book, "book.txt", "--recipe bpe --set data.vocabulary=300"),
     "pairs": (pairs_of, "pairs.tsv", ""),
@@ -160,6 +181,19 @@ def test_direct_horizons_and_their_calibrated_quantiles(server: Server, trained:
     assert one.metrics["interval"]["covered_before_calibration"] != one.metrics["interval"]["covered"]
 
 
+def test_quantiles_that_were_calibrated_by_folds(server: Server, trained: dict[str, Trained]) -> None:
+    one = trained["crossed"]
+    for sequence in one.corpus.test:
+        at = [step["quantiles"] for step in streamed(server, one.name, sequence.name, sequence.inputs.tolist())]
+        wanted, weights = sequence.targets[:, 0].tolist(), sequence.weights[:, 0].tolist()
+        printed = one.metrics["by_entity"][sequence.name]["heat"]["model"]
+        assert error_of([q["0.5"]["heat"] for q in at], wanted, weights) == pytest.approx(printed, abs=CLOSE)
+        inside = [q["0.1"]["heat"] <= w <= q["0.9"]["heat"] for q, w, s in zip(at, wanted, weights, strict=True) if s]
+        covered = one.metrics["interval"]["covered"]["heat"][sequence.name]
+        assert sum(inside) / len(inside) == pytest.approx(covered, abs=1.5 / len(inside))
+    assert one.metrics["interval"]["covered_before_calibration"] != one.metrics["interval"]["covered"]
+
+
 def test_direct_horizons_are_rolled_by_the_next_step_alone(server: Server, trained: dict[str, Trained]) -> None:
     sequence = trained["horizons"].corpus.test[0]
     said = streamed(server, "horizons", "roll", sequence.inputs[:30].tolist())
@@ -192,10 +226,11 @@ def test_regression(server: Server, trained: dict[str, Trained], kind: str) -> N
         assert error == pytest.approx(one.metrics["by_entity"][sequence.name][target]["model"], abs=CLOSE)
 
 
-def test_several_labels_a_step(server: Server, trained: dict[str, Trained]) -> None:
-    one, nats, steps = trained["moods"], 0.0, 0
+@pytest.mark.parametrize("kind", ["moods", "chorales"])
+def test_several_labels_a_step(server: Server, trained: dict[str, Trained], kind: str) -> None:
+    one, nats, steps = trained[kind], 0.0, 0
     for sequence in one.corpus.test:
-        said = streamed(server, "moods", sequence.name, sequence.inputs.tolist())
+        said = streamed(server, kind, sequence.name, sequence.inputs.tolist())
         for step, wanted, weight in zip(said, sequence.targets.tolist(), sequence.weights.tolist(), strict=True):
             assert set(step) == {"probabilities", "position"}
             chances = [step["probabilities"][label] for label in one.corpus.labels]
