@@ -4,16 +4,17 @@ A quantile of level q lies `stretch` times as far from the middle as the network
 q-quantile of (measured - middle) / (said - middle) over the held-out steps. The stretch is a part of the network from
 then on, so that every door gives calibrated quantiles. Held out are the validation part, which is the latest, and of
 the training part, which is of other seasons and did not choose the checkpoint, blocks spread over it
-(`data.calibration`), or all of it: with `data.folds` further models are trained, each without its share, and are asked
-about that share. The wider of what the two ask for is taken. The promise is that of exchangeable steps; the printed
-coverage of the test part says what became of it.
+(`data.calibration`), or all of it, season by season: with `data.folds` further models are trained, each without one,
+and are asked about that one. The widest of what these ask for is taken, so that the promise is for each season and not
+for their mean (docs/decisions/0018-quantiles-by-season.md). It is that of exchangeable steps; the printed coverage of
+the test part says what became of it.
 Source: Romano, Patterson and Candes, Conformalized Quantile Regression (2019); Vovk, Cross-conformal Predictors (2015).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,24 +33,25 @@ LEAST = 50
 """steps; from fewer no quantile can be learnt"""
 NARROW = 1e-6
 """of the target's scale; a quantile as near to the middle as that says nothing of a direction"""
-
-
 FOLDS = "folds"
 """folder of the further models in a run's"""
 
+Ratios = list[Tensor]
+"""Per column [N, Q]: how far from the middle the data lie, in units of how far each quantile does."""
 
-def calibrate_run(run: Path, corpus: Corpus, crossed: list[Tensor]) -> int:
+
+def calibrate_run(run: Path, corpus: Corpus, crossed: list[Ratios]) -> int:
     """Calibrate a run's best weights in place; returns the number of steps that were used, 0 where nothing was done."""
     model, meta = load_model(run)
     used = calibrate(model, corpus, crossed)
     if used:
-        folds = {"folds": meta["recipe"]["data"]["folds"]} if crossed else {}
+        folds = {"folds": len(crossed)} if crossed else {}
         save_best(run, model, {**meta, "calibration": {"steps": used, **folds}})
     return used
 
 
-def cross(run: Path, job: Job, cache: Path, say: Callable[[str], None]) -> list[Tensor]:
-    """Train the models that each lack a fold, in the run's folder; per column [N, Q] their ratios on what they lack.
+def cross(run: Path, job: Job, cache: Path, say: Callable[[str], None]) -> list[Ratios]:
+    """Train the models that each lack a fold, in the run's folder; per fold the ratios on what its model lacks.
 
     Those that are there already are not trained again. Nothing comes back where the recipe wants no folds, or where a
     signal came: --resume goes on.
@@ -66,11 +68,11 @@ def cross(run: Path, job: Job, cache: Path, say: Callable[[str], None]) -> list[
         model, _ = load_model(out)
         assert isinstance(model.head, ForecastHead)
         found.append(ratios(model, model.head, part.corpus.calibration))
-    return [torch.cat(columns) for columns in zip(*found, strict=True)]
+    return found
 
 
 @torch.no_grad()
-def calibrate(model: RecurrentModel, corpus: Corpus, crossed: list[Tensor] | None = None) -> int:
+def calibrate(model: RecurrentModel, corpus: Corpus, crossed: Iterable[Ratios] = ()) -> int:
     """Fit `head.stretch` on what was held out, with `crossed`; returns the fewest steps of a column, 0 if too few."""
     head, levels = model.head, model.config.quantiles
     if not isinstance(head, ForecastHead) or len(levels) < 2:
@@ -78,7 +80,7 @@ def calibrate(model: RecurrentModel, corpus: Corpus, crossed: list[Tensor] | Non
     head.stretch.fill_(1.0)
     low, high = middle(len(levels))
     held_out = [ratios(model, head, part) for part in (corpus.validation, corpus.calibration) if part]
-    held_out += [crossed] if crossed else []
+    held_out += crossed
     for column in range(len(model.config.columns)):
         groups = [part[column] for part in held_out if len(part[column]) >= LEAST]
         for i, level in enumerate(levels):
@@ -89,8 +91,8 @@ def calibrate(model: RecurrentModel, corpus: Corpus, crossed: list[Tensor] | Non
     return min(used) if bool((head.stretch != 1).any()) else 0
 
 
-def ratios(model: RecurrentModel, head: ForecastHead, part: list[Sequence]) -> list[Tensor]:
-    """Per column [N, Q]: how far from the middle the data lie, in units of how far each quantile does."""
+def ratios(model: RecurrentModel, head: ForecastHead, part: list[Sequence]) -> Ratios:
+    """Of the steps of the sequences that are scored."""
     low, high = middle(head.quantiles)
     found: list[list[Tensor]] = [[] for _ in model.config.columns]
     for sequence, outputs in zip(part, forecasts(model, part), strict=True):

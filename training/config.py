@@ -52,8 +52,8 @@ class DataRecipe:
     calibration: float = 0.0
     """Share of the training part, in blocks spread over it, that is held out to calibrate a forecaster's quantiles."""
     folds: int = 0
-    """Instead of that all is learnt from, and so many further models are trained, each without its share of it: on what
-    they had not seen the quantiles are calibrated (cross-conformal)."""
+    """Instead of that all is learnt from, and so many further models are trained, each without one of so many seasons:
+    on what they had not seen the quantiles are calibrated (cross-conformal)."""
     fold: int = 0
     """Which of them this model is, 1 to `folds`; 0: the one that learns from all."""
 

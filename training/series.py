@@ -185,7 +185,7 @@ def values_corpus(
 
 
 def held_out(sequence: Sequence, data: DataRecipe) -> tuple[Sequence, Sequence]:
-    """A training sequence without BLOCKS blocks spread over it, and with nothing but them; both are fed whole.
+    """A training sequence without some blocks, and with nothing but them; both are fed whole.
 
     Steps whose target lies in a block are not learnt from either.
     """
@@ -205,11 +205,9 @@ def held_out(sequence: Sequence, data: DataRecipe) -> tuple[Sequence, Sequence]:
 
 
 def blocks(steps: int, data: DataRecipe) -> list[slice]:
-    """Which steps are held out, BLOCKS times: a quarter's middle, or its `fold`-th part of `folds`."""
+    """Which steps are held out: `fold` of `folds`, a season that is not learnt at all, or BLOCKS spread over them."""
     if data.fold:
-        parts = BLOCKS * data.folds
-        edges = [steps * i // parts for i in range(parts + 1)]
-        return [slice(edges[i], edges[i + 1]) for i in range(data.fold - 1, parts, data.folds)]
+        return [slice(steps * (data.fold - 1) // data.folds, steps * data.fold // data.folds)]
     each = int(steps * data.calibration / BLOCKS)
     starts = [int((block + 0.5) * steps / BLOCKS) - each // 2 for block in range(BLOCKS)]
     return [slice(start, start + each) for start in starts]
