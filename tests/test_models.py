@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import shipped
 
 from service.bundle import load
 
 MODELS = Path(__file__).parents[1] / "models"
-SHIPPED = ("nyc-weather", "shakespeare", "temperature", "who")
 
 
 def newest(name: str) -> Path:
@@ -20,7 +20,7 @@ def metrics(name: str) -> dict[str, Any]:
     return dict(json.loads((newest(name) / "manifest.json").read_text(encoding="utf-8"))["metrics"])
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", shipped())
 def test_the_bundle_is_whole_and_says_how_it_was_made(name: str) -> None:
     manifest = load(newest(name)).manifest
     assert manifest.training["command"].startswith("python -m training train --recipe " + name)
@@ -28,8 +28,15 @@ def test_the_bundle_is_whole_and_says_how_it_was_made(name: str) -> None:
     assert manifest.checks and manifest.metrics
 
 
-def test_together_they_are_at_most_20_mb() -> None:
-    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 20 * 2**20
+def test_together_they_are_at_most_30_mb() -> None:
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 30 * 2**20
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if "int8" in metrics(name)])
+def test_int8_lost_less_than_its_bound(name: str) -> None:
+    found = metrics(name)["int8"]
+    assert load(newest(name)).manifest.quantization == "int8"
+    assert found["lost_percent"] <= found["bound_percent"] <= 0.5
 
 
 def test_who_is_small_and_right_at_any_distance() -> None:
@@ -46,6 +53,19 @@ def test_shakespeare_beats_what_counts_characters() -> None:
     assert found["model"] <= 2.10
     assert found["model"] < found["5-gram"] < found["unigram"]
     assert found["model"] < found["model_reset_every_64"]
+
+
+def test_bible_reads_any_byte_and_beats_what_counts_them() -> None:
+    found, manifest = metrics("bible"), load(newest("bible")).manifest
+    assert len(manifest.symbols) == 256 and manifest.splitter is not None and manifest.splitter.kind == "bytes"
+    assert found["model"] < found["5-gram"] < found["unigram"]
+    assert found["model"] < found["model_reset_every_64"]
+
+
+def test_japanese_vowels_knows_the_speaker_better_the_more_it_heard() -> None:
+    found = metrics("japanese-vowels")
+    shares = [seen["right"] for seen in found["by_share_seen"].values()]
+    assert shares == sorted(shares) and shares[-1] == found["model"] >= 0.97
 
 
 @pytest.mark.parametrize("name", ["nyc-weather", "temperature"])

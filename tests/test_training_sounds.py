@@ -136,9 +136,12 @@ def test_the_graph_hears_the_same_from_silence_to_full_scale(cell: str) -> None:
     assert (states["samples"][0] == np.concatenate((entries[-2], entries[-1]), axis=1)[:, -120:]).all()
 
 
+WIDE = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0@\x1f\0\0\0\xfa\0\0\x08\0@\0data\x08\0\0\0" + bytes(8)
+
 BROKEN = {
     "no WAV": (lambda path: path.write_bytes(b"ID3 an mp3"), "ffmpeg -i bad.wav -c:a pcm_s16le"),
     "nothing in it": (lambda path: path.write_bytes(b""), "can not be read as WAV (it ends too soon)"),
+    "64 bits": (lambda path: path.write_bytes(WIDE), "can not be read as WAV (64 bits a sample)"),
     "no sound": (lambda path: write(path, []), "holds no sound: leave it out"),
     "another rate": (lambda path: write(path, [0.1] * 900, rate=16000), "ffmpeg -i rising.wav -ar 8000"),
 }

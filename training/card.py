@@ -67,8 +67,8 @@ def _memory(m: Manifest) -> str:
 def _signature(m: Manifest) -> str:
     if m.sound is not None:
         fed = (
-            f"In: sound, {m.sound.hop} samples between -1 and 1 a step, {m.sound.rate:,} a second. Each step is heard with "
-            f"a window of {m.sound.window} samples as {m.sound.mels} log-mel bands; the samples before are in the memory."
+            f"In: sound, {m.sound.hop} samples between -1 and 1 a step, {m.sound.rate:,} a second. Each step is heard "
+            f"with a window of {m.sound.window} samples as {m.sound.mels} log-mel bands; those before are its memory."
         )
     elif m.features:
         fed = table(("feature", "unit", "mean", "std", "period"), [_feature_row(feature) for feature in m.features])

@@ -69,7 +69,9 @@ def finished(module: RecurrentModel, nodes: Nodes) -> onnx.ModelProto:
 def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
     """Inputs and outputs of the graph, states included: name -> (dtype, axes), time-major."""
     config = module.config
-    states: Signature = {name: ("float32", [rows, "B", width]) for name, (rows, width) in carried_states(config).items()}
+    states: Signature = {
+        name: ("float32", [rows, "B", width]) for name, (rows, width) in carried_states(config).items()
+    }
     after: Signature = {f"{name}_next": spec for name, spec in states.items()}
     if config.vocabulary:
         entries: Signature = {"symbols": ("int64", ["T", "B"])}
@@ -152,9 +154,7 @@ def heard(nodes: Nodes, encoder: SoundEncoder) -> str:
     A Scan of its own holds the products, so that the logarithms are taken of all steps at once.
     """
     before = nodes.add("Gather", "samples", _index(nodes, 0), axis=0)
-    after, power = nodes.add_many(
-        "Scan", before, "values", outputs=2, body=_hearing(nodes, encoder), num_scan_inputs=1
-    )
+    after, power = nodes.add_many("Scan", before, "values", outputs=2, body=_hearing(nodes, encoder), num_scan_inputs=1)
     nodes.name(nodes.add("Unsqueeze", after, nodes.constant("sound.axis", [0])), "samples_next")
     log_mel = logarithm(nodes, nodes.add("Add", power, nodes.scalar(FLOOR)))
     mean, scale = nodes.constant("encoder.mean", encoder.mean), nodes.constant("encoder.scale", encoder.scale)

@@ -1,4 +1,4 @@
-"""How sound is heard: hops of samples become log-mel features, step by step, with the overlap of the windows as a state.
+"""How sound is heard: hops of samples become log-mel features, and the overlap of their windows is a state.
 
 The samples of a window that lie before its hop are kept from step to step, so that features do not depend on how a
 sound is cut into calls. What is here in PyTorch stands in the exported graph as matrix products (`graph.py`): the
@@ -93,7 +93,7 @@ def triangles(sound: Sound, size: int) -> Array:
     bands: Array = np.maximum(0, np.minimum(rising, falling))
     if not bands.any(axis=0).all():
         raise ValueError(
-            f"data.mels is {sound.mels}: some bands lie between two frequencies that a window of {sound.window} samples "
-            "tells apart; lower data.mels or raise data.window_ms"
+            f"data.mels is {sound.mels}: some bands lie between two frequencies that a window of {sound.window} "
+            "samples tells apart; lower data.mels or raise data.window_ms"
         )
     return bands

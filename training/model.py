@@ -286,7 +286,7 @@ class RecurrentModel(nn.Module):
         return self.head(drop(hidden, config.dropout, self.training, config.locked), inputs), (*after, *heard)
 
     def encoded(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """What the first layer reads [T, B, E], and what the encoder itself keeps of the inputs: samples, or nothing."""
+        """What the first layer reads [T, B, E], and what the encoder itself keeps: samples, or nothing."""
         if isinstance(self.encoder, SoundEncoder):
             heard, samples = self.encoder(inputs, state[-1])
             return heard, (samples,)

@@ -54,7 +54,7 @@ def folder(path: Path, data: DataRecipe) -> Corpus:
         targets = torch.full((len(inputs),), known[named[name][0]], dtype=torch.int64)
         parts[dealt[name]].append(Sequence(name, inputs, targets, weights_of(len(inputs), data.later)))
     seconds = sum(map(len, recordings.values())) / rate
-    note = f"{len(recordings)} recordings of {len(labels)} labels, {seconds:,.1f} s at {rate} Hz, {sound.hop} samples a step"
+    note = f"{len(recordings)} recordings of {len(labels)} labels, {seconds:,.1f} s at {rate} Hz, {sound.hop} a step"
     return Corpus(
         train=parts["train"],
         validation=parts["validation"],
@@ -88,8 +88,10 @@ def read_wav(path: Path) -> tuple[Samples, int]:
                 file.getsampwidth(),
                 file.getnframes(),
             )
+            if width > 4:
+                raise wave.Error(f"{8 * width} bits a sample")
             raw = file.readframes(frames)
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last of a chunk that says it is longer than the file
         raise DataError(
             f"{path} can not be read as WAV ({str(error) or 'it ends too soon'}): only PCM of 8, 16, 24 or 32 bits is; "
             f"ffmpeg -i {path.name} -c:a pcm_s16le new.wav writes it so"
@@ -98,16 +100,18 @@ def read_wav(path: Path) -> tuple[Samples, int]:
         raise DataError(f"{path} holds no sound: leave it out")
     if len(raw) != frames * channels * width:
         raise DataError(f"{path} is cut off: {len(raw):,} bytes of {frames * channels * width:,}; copy it again")
-    return _numbers(raw, width).reshape(frames, channels).mean(axis=1, dtype=np.float32), rate
+    mixed: Samples = _numbers(raw, width).reshape(frames, channels).mean(axis=1, dtype=np.float32)
+    return mixed, rate
 
 
 def _numbers(raw: bytes, width: int) -> Samples:
     """PCM of one to four bytes a sample, little-endian; one byte is unsigned."""
     if width == 1:
-        return (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
+        return (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / np.float32(128)
     wide = np.zeros((len(raw) // width, 4), np.uint8)
     wide[:, 4 - width :] = np.frombuffer(raw, np.uint8).reshape(-1, width)
-    return (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
+    numbers: Samples = (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
+    return numbers
 
 
 def _in_folders(path: Path) -> dict[str, tuple[str, str]]:
@@ -123,7 +127,10 @@ def _in_folders(path: Path) -> dict[str, tuple[str, str]]:
 
 def _listed(path: Path) -> dict[str, tuple[str, str]]:
     """File -> (label, part) as labels.csv has them; the part is empty where it has none."""
-    text = (path / LABELS).read_text(encoding="utf-8-sig")
+    try:
+        text = (path / LABELS).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path / LABELS} is not UTF-8 (byte {error.start}): convert it first") from error
     rows = list(csv.DictReader(io.StringIO(text)))
     if not rows or not {"file", "label"} <= rows[0].keys():
         raise DataError(f"{path / LABELS} needs the columns file and label, and a row a recording")
@@ -142,7 +149,7 @@ def _listed(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def _dealt(path: Path, named: Mapping[str, tuple[str, str]], data: DataRecipe) -> dict[str, str]:
-    """File -> part: as labels.csv says, else of each label some for every part by chance, the same chance every time."""
+    """File -> part: as labels.csv says, else some of each label for every part by chance, always the same chance."""
     if next(iter(named.values()))[1]:
         dealt = {name: part for name, (_, part) in named.items()}
         if missing := [part for part in PARTS if part not in dealt.values()]:
@@ -165,7 +172,9 @@ def _dealt(path: Path, named: Mapping[str, tuple[str, str]], data: DataRecipe) -
 def _recordings(path: Path, names: list[str]) -> tuple[dict[str, Samples], int]:
     """Every file's samples, and the rate that they have in common."""
     if (size := sum((path / name).stat().st_size for name in names)) > HELD_BYTES:
-        raise DataError(f"{path} has {size / 2**30:.1f} GiB of recordings, too much to hold in memory: give a part of it")
+        raise DataError(
+            f"{path} has {size / 2**30:.1f} GiB of recordings, too much to hold in memory: give a part of it"
+        )
     found: dict[str, Samples] = {}
     first = 0
     for name in names:
@@ -184,8 +193,8 @@ def _sound(rate: int, data: DataRecipe) -> Sound:
     if not 0 < hop < window <= LONGEST or data.mels < 1:
         raise DataError(
             f"data.hop_ms = {data.hop_ms:g}, data.window_ms = {data.window_ms:g}, data.mels = {data.mels}: at {rate} "
-            f"samples a second a hop needs one at least, a window more than a hop and at most {LONGEST}, and mels are 1 "
-            "or more"
+            f"samples a second a hop needs one at least, a window more than a hop and at most {LONGEST}, and mels are "
+            "1 or more"
         )
     sound = Sound(rate=rate, hop=hop, window=window, mels=data.mels)
     try:

@@ -255,9 +255,7 @@ def test_sounds_in_pieces_of_any_length(server: Server, trained: dict[str, Train
     model, _ = load_model(folder / "runs" / "chirps")
     (heard,) = server.ok(server.http.get("/v1/models/chirps"))["inputs"]
     assert heard == {"name": "samples", "unit": "full scale", "rate": 8000, "hop": 80}
-    for i, (sequence, chances) in enumerate(
-        zip(one.corpus.test, label_chances(model, one.corpus.test), strict=True)
-    ):
+    for i, (sequence, chances) in enumerate(zip(one.corpus.test, label_chances(model, one.corpus.test), strict=True)):
         said = streamed(server, "chirps", f"s{i}", sequence.inputs.tolist(), chunk=(1, 3, 7)[i % 3])
         probabilities = [[step["probabilities"][label] for label in one.corpus.labels] for step in said]
         assert torch.allclose(torch.tensor(probabilities), chances, atol=CLOSE)
