@@ -262,6 +262,11 @@ def test_sounds_in_pieces_of_any_length(server: Server, trained: dict[str, Train
         right += said[-1]["label"] == one.corpus.labels[int(sequence.targets[-1])]
     assert right / len(one.corpus.test) == one.metrics["model"]
     assert server.verify("chirps-s0")["verified"] is True
+    short = server.post("/v1/sessions/chirps-s0/steps", {"inputs": [[0.0] * 79]})
+    assert (short.status_code, short.json()["detail"]) == (
+        422,
+        "79 values where 80 are needed: sample_1, ..., sample_80",
+    )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
