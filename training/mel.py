@@ -2,7 +2,7 @@
 
 The samples of a window that lie before its hop are kept from step to step, so that features do not depend on how a
 sound is cut into calls. What is here in PyTorch stands in the exported graph as matrix products (`graph.py`): the
-service knows nothing of sound (docs/decisions/0016-sound.md).
+service knows nothing of sound (docs/decisions/0019-sound.md).
 """
 
 from __future__ import annotations
