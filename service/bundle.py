@@ -160,6 +160,21 @@ class Splitter(_Strict):
         return bytepairs.to_bytes(symbol).decode("utf-8", "replace") if self.kind == "bytes" else symbol
 
 
+class Sound(_Strict):
+    """What a step of samples is: the values of a model that hears are `hop` samples between -1 and 1."""
+
+    rate: int = Field(ge=1, description="samples a second")
+    hop: int = Field(ge=1, description="samples a step")
+    window: int = Field(description="samples that a step is heard with: its own and those before, which are a state")
+    mels: int = Field(ge=1, description="bands that are heard")
+
+    @model_validator(mode="after")
+    def _window_reaches_back(self) -> "Sound":
+        if self.window <= self.hop:
+            raise ValueError("the window must be longer than the hop")
+        return self
+
+
 class Window(_Strict):
     """The answer is the fold of the last `window` entries from the initial state."""
 
@@ -209,6 +224,7 @@ class Manifest(_Strict):
     splitter: Splitter | None = None
     start_symbol: str | None = None
     features: tuple[Feature, ...] = ()
+    sound: Sound | None = Field(default=None, description="where the values are samples of sound")
     targets: tuple[Target, ...] = ()
     horizons: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1,), min_length=1, description="how many steps ahead a forecaster predicts, all at once; ascending"
@@ -234,6 +250,8 @@ class Manifest(_Strict):
                 raise ValueError("symbols are not the 256 bytes and what the splitter's merges make of them")
         if self.input_kind == "values" and not self.features:
             raise ValueError("input_kind 'values' needs features")
+        if self.sound is not None and len(self.features) != self.sound.hop:
+            raise ValueError("sound: a hop must have as many samples as there are features")
         if self.task == "language-model" and not self.symbols:
             raise ValueError("a language-model needs symbols")
         if self.task in ("forecaster", "regressor") and not self.targets:

@@ -25,6 +25,8 @@ SORTED_WHOLE = 512
 """Symbols: more are not all sorted to find the most likely ones."""
 FEW = 16
 """the most likely symbols are found one after another up to that many"""
+NAMED = 16
+"""features that a refusal names, each of them"""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -137,13 +139,16 @@ class Codec:
             return self._row_of_names(item, pointer)
         if not isinstance(item, list):
             if len(features) != 1:
-                names = ", ".join(self._features)
-                raise invalid(f"a step is a list of {len(features)} values: {names}", pointer)
+                raise invalid(f"a step is a list of {len(features)} values: {self._names()}", pointer)
             return [_value(features[0], item, pointer)]
         if len(item) != len(features):
-            names = ", ".join(self._features)
-            raise invalid(f"{len(item)} values where {len(features)} are needed: {names}", pointer)
+            raise invalid(f"{len(item)} values where {len(features)} are needed: {self._names()}", pointer)
         return [_value(f, v, f"{pointer}/{i}") for i, (f, v) in enumerate(zip(features, item, strict=True))]
+
+    def _names(self) -> str:
+        """The features, of many the first and the last."""
+        names = list(self._features)
+        return ", ".join(names if len(names) <= NAMED else [names[0], "...", names[-1]])
 
     def _row_of_names(self, item: Mapping[str, object], pointer: str) -> list[float]:
         unknown = [name for name in item if name not in self._features]

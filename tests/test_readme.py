@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import shipped
 
 from service.settings import PREFIX, Settings
 
@@ -157,6 +158,11 @@ def text_figures(m: dict[str, Any]) -> str:
     )
 
 
+def speaker_figures(m: dict[str, Any]) -> str:
+    seen = [f"{share} {right['right']:.1%}" for share, right in m["by_share_seen"].items()]
+    return f"{m['model']:.1%} of {m['sequences']} test utterances right; of an utterance heard: {', '.join(seen)}"
+
+
 def label_figures(m: dict[str, Any]) -> str:
     far = [f"{distance} words: {shares['model']:.1%}" for distance, shares in m["by_distance"].items()]
     reset = max(shares["reset_every_16"] for shares in m["by_distance"].values())
@@ -181,7 +187,12 @@ FIGURES = {
     "temperature": temperature_figures,
     "nyc-weather": temperature_figures,
     "shakespeare": text_figures,
+    "japanese-vowels": speaker_figures,
 }
+
+
+def test_every_shipped_model_has_its_figures() -> None:
+    assert sorted(FIGURES) == shipped()
 
 
 @pytest.mark.parametrize("model", FIGURES)

@@ -96,7 +96,7 @@ def test_a_file_that_can_not_be_used(case: str, tmp_path: Path) -> None:
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert "there is no file" in refused(train(tmp_path, tmp_path / "none.csv", "--target", "heat"))
-    assert "is a folder: give" in refused(train(tmp_path, tmp_path, "--target", "heat"))
+    assert "holds no recordings" in refused(train(tmp_path, tmp_path, "--target", "heat"))
 
 
 def test_unsorted_rows_and_rows_of_nothing_are_mended_and_told(tmp_path: Path) -> None:

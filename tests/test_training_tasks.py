@@ -13,7 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from training import baselines, events, labelled, series, translation
+from service import bytepairs
+from training import baselines, data_text, events, labelled, series, translation
 from training.__main__ import app
 from training.backtest import forecasts_from
 from training.calibrate import calibrate, stretch_of
@@ -396,3 +397,21 @@ def test_the_stocks_recipe_reads_its_wheel(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(events, "read_member", lambda *_: content)
     corpus = events.stocks(tmp_path, DataRecipe())
     assert corpus.target_names == ["Close"] and [sequence.name for sequence in corpus.test] == ["IBM", "FB"]
+
+
+def test_the_bible_recipe_holds_whole_books_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    books = ("Genesis", "Ruth", "Esther", "Ecclesiastes", "John", "Romans", "Hebrews", "Jude")
+    verses = [
+        {"book": book, "chapter": chapter, "verse": verse, "text": f"{book[0]}{chapter}é{verse}."}
+        for book in books
+        for chapter in (1, 2)
+        for verse in (1, 2)
+    ]
+    content = "\n".join(map(json.dumps, verses)).encode()
+    monkeypatch.setattr(data_text, "fetch_archive", lambda *_: tmp_path)
+    monkeypatch.setattr(data_text, "read_member", lambda *_: content)
+    corpus = data_text.bible(tmp_path, data_text.Coding("bytes"))
+    assert [one.name for one in corpus.test] == ["Ruth", "Ecclesiastes", "John", "Hebrews"]
+    assert [one.name for one in corpus.validation] == ["Esther", "Romans"]
+    learnt = bytes(bytepairs.to_bytes(corpus.symbols[i])[0] for i in corpus.train[0].targets.tolist()).decode()
+    assert learnt == "Genesis\n\nG1é1.\nG1é2.\n\nG2é1.\nG2é2.\n\n\nJude\n\nJ1é1.\nJ1é2.\n\nJ2é1.\nJ2é2.\n\n\n"

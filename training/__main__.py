@@ -47,7 +47,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a path to a .toml file.")] = "",
     out: Annotated[Path | None, typer.Option(help="The run's folder (runs/<recipe>); nothing else is written.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Your own .txt, .csv, .parquet or .tsv (pairs) instead of the recipe's data.")
+        Path | None, typer.Option(help="Your own .txt, .csv, .parquet or .tsv (pairs), or a folder of WAV files.")
     ] = None,
     time: Annotated[str, typer.Option(help="CSV: the column of times; rows are sorted by it.")] = "",
     target: Annotated[list[str] | None, typer.Option(help="CSV: a column to forecast; may be repeated.")] = None,
@@ -373,7 +373,9 @@ def data_changes(
 
 
 def own_file(recipe: dict[str, Any], data: Path | None) -> dict[str, Any]:
-    """The recipe with one's own file in place of data that it would fetch; what reads a file goes on doing so."""
+    """The recipe with one's own data in place of those that it would fetch; what reads a file goes on doing so."""
+    if data is not None and data.is_dir():
+        return {**recipe, "data": {**recipe.get("data", {}), "source": "sounds"}}
     if data is None or recipe.get("data", {}).get("source") in OWN:
         return recipe
     return {**recipe, "data": {**recipe.get("data", {}), "source": "file"}}
@@ -384,7 +386,7 @@ def default_recipe(data: Path | None, label: str) -> str:
     if data is None:
         raise RecipeError(f"give --recipe ({', '.join(recipe_names())}) or --data with a .txt or .csv file")
     if data.is_dir():
-        raise RecipeError(f"{data} is a folder: give a .txt, .csv, .parquet or .tsv file")
+        return "sounds"
     if data.suffix in (".csv", ".parquet"):
         return "labels" if label else "series"
     return "pairs" if data.suffix == ".tsv" else "text"

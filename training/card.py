@@ -8,6 +8,19 @@ from service.bundle import Manifest, Window
 
 BASE = "http://localhost:8000/v1"
 MAX_ROWS = 40
+HEAR = """```python
+import wave
+
+import numpy as np
+from recurra_client import Client
+
+with wave.open("recording.wav") as file:  # {rate} samples a second, one channel, 16 bit
+    samples = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+steps = samples[: len(samples) // {hop} * {hop}].reshape(-1, {hop})
+with Client("{base}") as client, client.session(model="{name}") as session:
+    for at in range(0, len(steps), 100):  # in pieces of any length
+        print(session.steps(steps[at : at + 100].tolist()).last.label)
+```"""
 
 Json = Any
 Row = Sequence[Json]
@@ -52,7 +65,12 @@ def _memory(m: Manifest) -> str:
 
 
 def _signature(m: Manifest) -> str:
-    if m.features:
+    if m.sound is not None:
+        fed = (
+            f"In: sound, {m.sound.hop} samples between -1 and 1 a step, {m.sound.rate:,} a second. Each step is heard "
+            f"with a window of {m.sound.window} samples as {m.sound.mels} log-mel bands; those before are its memory."
+        )
+    elif m.features:
         fed = table(("feature", "unit", "mean", "std", "period"), [_feature_row(feature) for feature in m.features])
     elif m.splitter and m.splitter.kind == "words":
         fed = f"In: words and single punctuation marks, {len(m.symbols)} of them{_lowered(m)}."
@@ -84,6 +102,8 @@ def _answers(m: Manifest) -> str:
 
 
 def _calls(m: Manifest, example: Json) -> str:
+    if m.sound is not None:
+        return HEAR.format(name=m.name, base=BASE.removesuffix("/v1"), rate=m.sound.rate, hop=m.sound.hop)
     steps = {"inputs": example, "model": m.name}
     feed = f"# feed a session; the next call goes on from there\n{_curl('/sessions/demo/steps', steps)}"
     lines = [feed] if m.streamable else []
@@ -207,7 +227,9 @@ def _limits(m: Manifest) -> str:
     points = ["It knows what its training data shows and nothing else; see the figures for how far that goes."]
     if m.symbols:
         points.append("A symbol outside its vocabulary is refused (`unknown_symbol`).")
-    if m.features:
+    if m.sound is not None:
+        points.append("Another sample rate, microphone or loudness than that of the training data is another sound.")
+    elif m.features:
         points.append("Values far outside the means and deviations above were never seen in training.")
     if m.task == "forecaster" and m.horizons == (1,):
         points.append("Figures are for one step ahead; errors grow as a forecast rolls on its own predictions.")

@@ -43,6 +43,12 @@ class DataRecipe:
     """nyc-weather: keep this feature alone."""
     stories: int = 4000
     """who: stories to learn from."""
+    hop_ms: float = 10.0
+    """Sound: milliseconds of a step."""
+    window_ms: float = 25.0
+    """Sound: milliseconds that each step is heard with, its own and those before."""
+    mels: int = 40
+    """Sound: bands, equally far apart for the ear."""
     validation: float = 0.1
     test: float = 0.2
     later: float = 0.0

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training import data_text, events, labelled, series, translation, weather, who
+from training import data_text, events, labelled, series, sounds, translation, weather, who
 from training.config import Recipe
 from training.data import Corpus, DataError
 
-OWN = ("file", "pairs", "jsb", "earthquakes")
-"""sources that read the file `data.path`"""
-MADE = ("shakespeare", "nyc-weather", "who", "japanese-vowels", "digits", "reverse", "numbers", "stocks")
+OWN = ("file", "pairs", "sounds", "jsb", "earthquakes")
+"""sources that read the file or folder `data.path`"""
+MADE = ("shakespeare", "bible", "nyc-weather", "who", "japanese-vowels", "digits", "reverse", "numbers", "stocks")
 SOURCES = (*MADE, *OWN)
 
 
@@ -27,6 +27,8 @@ def load_corpus(recipe: Recipe, cache: Path, earlier: Mapping[str, Any] | None =
     match data.source:
         case "shakespeare":
             return data_text.shakespeare(cache, data_text.Coding.of(data, earlier))
+        case "bible":
+            return data_text.bible(cache, data_text.Coding.of(data, earlier))
         case "nyc-weather":
             return weather.nyc_weather(cache, data, only=data.only)
         case "who":
@@ -46,6 +48,10 @@ def load_corpus(recipe: Recipe, cache: Path, earlier: Mapping[str, Any] | None =
 
 def _own(recipe: Recipe, earlier: Mapping[str, Any] | None) -> Corpus:
     data, path = recipe.data, Path(recipe.data.path)
+    if data.source == "sounds" and data.path and path.is_dir():
+        return sounds.folder(path, data)
+    if data.source == "sounds":
+        raise DataError(f"data.path: there is no folder {data.path!r}; give one of WAV files with --data")
     if not path.is_file():
         raise DataError(f"data.path: there is no file {data.path!r}; give one with --data")
     if data.source == "pairs":

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from service.bundle import Sound
+
 
 class DataError(ValueError):
     """Data that cannot be used; the message says what to change."""
@@ -81,6 +83,8 @@ class Corpus:
     labels: list[str] = field(default_factory=list)
     whole: bool = False
     """Each sequence stands alone and is not cut to fill streams; its label is judged at its end."""
+    sound: Sound | None = None
+    """How sound is heard; its features are the samples of a hop."""
     separator: str = ""
     """Text in pairs: what stands between what is given and what is asked for."""
     variants: list[Sequence] = field(default_factory=list)

@@ -35,7 +35,7 @@ from training import card, graph, memory, own, pairs, parity, whole
 from training.checkpoint import environment, load_model
 from training.evaluate import headline, run_corpus
 from training.int8 import Int8Nodes, simulated
-from training.model import OwnHead, RecurrentModel, state_names
+from training.model import OwnHead, RecurrentModel, carried_states
 from training.pairs import Arrays, Pairs
 from training.parity import Step, Tensors
 from training.publish import ExportError, free_version, publish, without_paths
@@ -281,6 +281,7 @@ def describe(
         **_tensors(module),
         **_vocabulary(meta),
         "features": [Feature(**feature) for feature in meta.get("features", ())],
+        "sound": config.sound,
         "targets": _targets(module, meta),
         "horizons": config.horizons,
         "quantiles": config.quantiles,
@@ -349,8 +350,7 @@ def _memory(meta: Mapping[str, Any]) -> str | dict[str, int]:
 
 def _tensors(module: RecurrentModel) -> dict[str, list[Any]]:
     inputs, outputs = graph.signature(module)
-    names = () if module.config.bidirectional else state_names(module.config.cell)
-    states = [StateSpec.model_validate(_state(name, inputs[name])) for name in names]
+    states = [StateSpec.model_validate(_state(name, inputs[name])) for name in carried_states(module.config)]
     own = {name for state in states for name in (state.input, state.output)}
     return {"inputs": _specs(inputs, own), "outputs": _specs(outputs, own), "states": states}
 

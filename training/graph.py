@@ -4,7 +4,7 @@ A `Scan` over time runs one step of all layers and of the head. Every matrix pro
 its shape is [B, K] x [K, N] however a sequence is cut, and its right side is a constant, which ONNX Runtime packs
 once and multiplies row by row in one order: neither chunking nor batching can change a bit. Outside the Scan stand
 only operations whose result for one element does not depend on where it lies in the tensor. ONNX Runtime's Sin,
-Cos, Log and Softplus are not of that kind (a vector's remainder takes another code path); Sigmoid, Tanh and plain
+Cos, Log and Softplus are not of that kind (a vector's remainder takes another code path); Sigmoid, Tanh, Sqrt and plain
 arithmetic are, so the former are built from the latter (measured, see docs/manifest.md; `parity.py` checks it).
 """
 
@@ -18,8 +18,18 @@ from torch import nn
 
 from training.cells import CELLS, input_weight, layer_drive, layer_output
 from training.layers import GATES
-from training.model import ForecastHead, ModelConfig, OwnHead, RecurrentModel, ValueEncoder, middle, state_names
-from training.nodes import Nodes, layer_norm, odd_series, softplus
+from training.mel import FLOOR, SoundEncoder
+from training.model import (
+    ForecastHead,
+    ModelConfig,
+    OwnHead,
+    RecurrentModel,
+    ValueEncoder,
+    carried_states,
+    middle,
+    state_names,
+)
+from training.nodes import Nodes, layer_norm, logarithm, odd_series, softplus
 
 OPSET = 21
 IR_VERSION = 10
@@ -59,8 +69,9 @@ def finished(module: RecurrentModel, nodes: Nodes) -> onnx.ModelProto:
 def signature(module: RecurrentModel) -> tuple[Signature, Signature]:
     """Inputs and outputs of the graph, states included: name -> (dtype, axes), time-major."""
     config = module.config
-    axes: list[int | str] = [config.layers, "B", config.hidden]
-    states: Signature = dict.fromkeys(() if config.bidirectional else state_names(config.cell), ("float32", axes))
+    states: Signature = {
+        name: ("float32", [rows, "B", width]) for name, (rows, width) in carried_states(config).items()
+    }
     after: Signature = {f"{name}_next": spec for name, spec in states.items()}
     if config.vocabulary:
         entries: Signature = {"symbols": ("int64", ["T", "B"])}
@@ -87,6 +98,8 @@ def _entries(nodes: Nodes, module: RecurrentModel) -> str:
     """What the Scan reads at each step: rows of the folded table [T, B, G*H], or encoded values [T, B, E]."""
     if isinstance(module.encoder, ValueEncoder):
         return encode(nodes, module.encoder)
+    if isinstance(module.encoder, SoundEncoder):
+        return heard(nodes, module.encoder)
     table = _folded_table(nodes, module) if folded(module.config) else _embedding(nodes, module.encoder)
     return nodes.add("Gather", table, "symbols", axis=0)
 
@@ -133,6 +146,38 @@ def _waves(nodes: Nodes, encoder: ValueEncoder) -> str:
     from_peak = nodes.add("Abs", nodes.add("Sub", lagged, nodes.add("Round", lagged)))
     quarter = nodes.add("Sub", nodes.scalar(0.25), from_peak)
     return odd_series(nodes, nodes.add("Mul", quarter, nodes.scalar(2 * np.pi)), SINE)
+
+
+def heard(nodes: Nodes, encoder: SoundEncoder) -> str:
+    """values [T, B, hop] -> standardised log-mel features [T, B, mels]; names `samples_next`.
+
+    A Scan of its own holds the products, so that the logarithms are taken of all steps at once.
+    """
+    before = nodes.add("Gather", "samples", _index(nodes, 0), axis=0)
+    after, power = nodes.add_many("Scan", before, "values", outputs=2, body=_hearing(nodes, encoder), num_scan_inputs=1)
+    nodes.name(nodes.add("Unsqueeze", after, nodes.constant("sound.axis", [0])), "samples_next")
+    log_mel = logarithm(nodes, nodes.add("Add", power, nodes.scalar(FLOOR)))
+    mean, scale = nodes.constant("encoder.mean", encoder.mean), nodes.constant("encoder.scale", encoder.scale)
+    return nodes.add("Div", nodes.add("Sub", log_mel, mean), scale)
+
+
+def _hearing(nodes: Nodes, encoder: SoundEncoder) -> onnx.GraphProto:
+    """The Scan's body: the samples before [B, window - hop], a hop [B, hop] -> samples', the bands' power [B, mels]."""
+    sound, step = encoder.sound, Nodes("sound.", nodes.constants)
+    window = step.add("Concat", "before", "hop", axis=1)
+    spectrum = step.add("Gemm", window, step.constant("sound.basis", encoder.basis))
+    power = step.add("Gemm", step.add("Mul", spectrum, spectrum), step.constant("sound.bands", encoder.bands))
+    ends = [step.constant(f"sound.{name}", [value]) for name, value in (("hop", sound.hop), ("end", sound.window))]
+    after = step.add("Slice", window, *ends, step.constant("sound.along", [1]))
+    step.name(after, "after")
+    step.name(power, "power")
+    overlap = ["B", sound.window - sound.hop]
+    return helper.make_graph(
+        step.nodes,
+        "hearing",
+        [_float_info("before", overlap), _float_info("hop", ["B", sound.hop])],
+        [_float_info("after", overlap), _float_info("power", ["B", sound.mels])],
+    )
 
 
 def _scan(nodes: Nodes, module: RecurrentModel, entries: str, step: Nodes) -> str:

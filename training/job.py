@@ -16,6 +16,7 @@ from training.config import Recipe, RecipeError
 from training.corpora import load_corpus
 from training.data import Corpus, DataError, Feature
 from training.device import resolved
+from training.mel import SoundEncoder
 from training.model import ForecastHead, ModelConfig, RecurrentModel, ValueEncoder
 from training.tasks import TASKS, Task
 
@@ -123,6 +124,7 @@ def _config(recipe: Recipe, corpus: Corpus) -> ModelConfig:
         labels=len(corpus.labels),
         residual=shape.residual and recipe.task == "forecaster",
         noise=shape.noise,
+        sound=corpus.sound,
         **{name: getattr(shape, name) for name in ALIKE},
     )
 
@@ -132,6 +134,8 @@ def fit_scales(model: RecurrentModel, corpus: Corpus) -> None:
     if isinstance(model.encoder, ValueEncoder):
         model.encoder.mean.copy_(torch.tensor([feature.mean for feature in corpus.features]))
         model.encoder.scale.copy_(torch.tensor([feature.std for feature in corpus.features]))
+    if isinstance(model.encoder, SoundEncoder):
+        model.encoder.fit(sequence.inputs for sequence in corpus.train)
     if isinstance(model.head, ForecastHead):
         wanted = torch.cat([sequence.targets for sequence in corpus.train])
         known = torch.cat([sequence.weights for sequence in corpus.train]) > 0

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from service.bundle import Sound
 from training.layers import STARTS, Layers, drop
+from training.mel import SoundEncoder
 
 State = tuple[Tensor, ...]
-"""(h, c) for lstm, (h,) otherwise; each [layers, B, hidden]."""
+"""(h, c) for lstm, (h,) otherwise, each [layers, B, hidden]; behind them what `state_shapes` says of sound."""
 
 TASKS = ("language-model", "forecaster", "classifier", "regressor", "multi-label")
 CELLS = ("rnn", "rnn-relu", "leaky", "gru", "lstm")
@@ -55,6 +57,8 @@ class ModelConfig:
     chrono: int = 0
     alpha: float = 0.1
     bidirectional: bool = False
+    sound: Sound | None = None
+    """Where the values are samples: how they are heard."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -82,6 +86,8 @@ class ModelConfig:
             raise ValueError("model.quantiles must ascend and lie between 0 and 1")
         if not self.horizons or list(self.horizons) != sorted(set(self.horizons)) or self.horizons[0] < 1:
             raise ValueError("data.horizons must ascend and begin with 1 or more")
+        if self.sound is not None and (self.task != "classifier" or self.bidirectional):
+            raise ValueError("sound is heard step by step by a classifier: task = classifier, no model.bidirectional")
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -95,12 +101,14 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """A dict that survives a trip through JSON and `from_json`."""
-        return asdict(self)
+        return asdict(self) | {"sound": self.sound and self.sound.model_dump()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
         """The config that `to_json` wrote; lists become tuples again."""
         frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        if frozen.get("sound"):
+            frozen["sound"] = Sound(**frozen["sound"])
         return cls(**frozen)
 
 
@@ -238,7 +246,7 @@ class OwnHead(nn.Module):
 class RecurrentModel(nn.Module):
     """inputs, state -> outputs, state'; the same function in training, evaluation and export."""
 
-    encoder: nn.Embedding | ValueEncoder
+    encoder: nn.Embedding | ValueEncoder | SoundEncoder
     rnn: Layers
     head: LanguageHead | ClassifierHead | ForecastHead | OwnHead
 
@@ -248,6 +256,9 @@ class RecurrentModel(nn.Module):
         if config.vocabulary:
             self.encoder = nn.Embedding(config.vocabulary, config.embedding)
             width = config.embedding
+        elif config.sound is not None:
+            self.encoder = SoundEncoder(config.sound, config.noise)
+            width = self.encoder.width
         else:
             self.encoder = ValueEncoder(config.periods, config.noise)
             width = self.encoder.width
@@ -258,10 +269,10 @@ class RecurrentModel(nn.Module):
             self.head.linear.weight = self.encoder.weight
 
     def initial_state(self, batch: int) -> State:
-        """Zeros, each [layers, batch, hidden] float32, on the model's device."""
+        """Zeros as `state_shapes` has them, float32, on the model's device."""
         device = next(self.parameters()).device
-        shape = (self.config.layers, batch, self.config.hidden)
-        return tuple(torch.zeros(shape, device=device) for _ in state_names(self.config.cell))
+        shapes = state_shapes(self.config).values()
+        return tuple(torch.zeros(rows, batch, width, device=device) for rows, width in shapes)
 
     def forward(self, inputs: Tensor, state: State, lengths: Tensor | None = None) -> tuple[dict[str, Tensor], State]:
         """[T, B] int64 symbols or [T, B, F] float32 values, and the state -> outputs at each step, state'.
@@ -269,14 +280,33 @@ class RecurrentModel(nn.Module):
         Only a bidirectional model asks for the rows' lengths [B], all T if not given: it begins at their ends.
         """
         config = self.config
-        encoded = drop(self.encoder(inputs), config.input_dropout, self.training, config.locked)
-        hidden, after = self.rnn(encoded, state, lengths)
-        return self.head(drop(hidden, config.dropout, self.training, config.locked), inputs), after
+        encoded, heard = self.encoded(inputs, state)
+        encoded = drop(encoded, config.input_dropout, self.training, config.locked)
+        hidden, after = self.rnn(encoded, state[: len(state) - len(heard)], lengths)
+        return self.head(drop(hidden, config.dropout, self.training, config.locked), inputs), (*after, *heard)
+
+    def encoded(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """What the first layer reads [T, B, E], and what the encoder itself keeps: samples, or nothing."""
+        if isinstance(self.encoder, SoundEncoder):
+            heard, samples = self.encoder(inputs, state[-1])
+            return heard, (samples,)
+        return self.encoder(inputs), ()
 
 
 def state_names(cell: str) -> tuple[str, ...]:
     """The cell's state tensors, in order."""
     return ("h", "c") if cell == "lstm" else ("h",)
+
+
+def state_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Every state [N, B, W] by name, as (N, W): the cell's, then the samples that a window of sound reaches back to."""
+    shapes = dict.fromkeys(state_names(config.cell), (config.layers, config.hidden))
+    return shapes | ({"samples": (1, config.sound.window - config.sound.hop)} if config.sound is not None else {})
+
+
+def carried_states(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The same of what a graph is fed: nothing where whole sequences are read."""
+    return {} if config.bidirectional else state_shapes(config)
 
 
 def _head(config: ModelConfig) -> LanguageHead | ClassifierHead | ForecastHead:

@@ -244,7 +244,7 @@ def _fill(module: RecurrentModel, layers: Sequence[_Layer], embedding: Tensor | 
     if isinstance(module.encoder, ValueEncoder):
         module.encoder.mean.copy_(torch.tensor([feature.offset for feature in spec.features], dtype=torch.float64))
         module.encoder.scale.copy_(torch.tensor([feature.factor for feature in spec.features], dtype=torch.float64))
-    elif embedding is not None:
+    elif isinstance(module.encoder, nn.Embedding) and embedding is not None:
         module.encoder.weight.copy_(embedding)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from training.model import ForecastHead, OwnHead, RecurrentModel, ValueEncoder, state_names
+from training.mel import SoundEncoder
+from training.model import ForecastHead, OwnHead, RecurrentModel, ValueEncoder, carried_states
 from training.publish import ExportError as ExportError
 from training.publish import cpu_kind
 
@@ -146,7 +147,7 @@ def fold(step: Step, entries: Array, lengths: list[int], states: Tensors) -> Ten
 def torch_step(module: RecurrentModel) -> Step:
     """The module itself, in evaluation mode."""
     module.eval()
-    names = () if module.config.bidirectional else state_names(module.config.cell)
+    names = list(carried_states(module.config))
 
     def step(entries: Array, states: Tensors) -> tuple[Tensors, Tensors]:
         with torch.inference_mode():
@@ -181,17 +182,18 @@ def _open(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
 
 
 def zero_states(module: RecurrentModel, batch: int) -> Tensors:
-    """The state at position 0, each [layers, B, hidden] float32."""
-    shape = (module.config.layers, batch, module.config.hidden)
-    names = () if module.config.bidirectional else state_names(module.config.cell)
-    return {name: np.zeros(shape, np.float32) for name in names}
+    """The state at position 0, each [layers, B, hidden] or [1, B, samples] float32."""
+    shapes = carried_states(module.config).items()
+    return {name: np.zeros((rows, batch, width), np.float32) for name, (rows, width) in shapes}
 
 
 def plausible_entries(module: RecurrentModel, T: int, batch: int, seed: int = 0) -> Array:
-    """Random symbols [T, B] int64, or walks within the features' ranges [T, B, F] float32."""
+    """Random symbols [T, B] int64, or walks within the features' ranges, or sounds [T, B, F] float32."""
     rng = np.random.default_rng(seed)
     if module.config.vocabulary:
         return rng.integers(0, module.config.vocabulary, (T, batch), dtype=np.int64)
+    if isinstance(module.encoder, SoundEncoder):
+        return _sounds(rng, T, batch, module.encoder.sound.hop)
     assert isinstance(module.encoder, ValueEncoder)
     mean, scale, period = (
         value.cpu().numpy() for value in (module.encoder.mean, module.encoder.scale, module.encoder.period)
@@ -203,6 +205,14 @@ def plausible_entries(module: RecurrentModel, T: int, batch: int, seed: int = 0)
     cyclic = period > 0
     values[..., cyclic] = clock[..., cyclic] % period[cyclic]
     return np.asarray(values, np.float32)
+
+
+def _sounds(rng: np.random.Generator, T: int, batch: int, hop: int) -> Array:
+    """Noise over a tone, [T, B, hop], from silence to full scale by the step."""
+    loud = 10 ** rng.uniform(-5, 0, (T, batch, 1)) * (rng.random((T, batch, 1)) > 0.1)
+    turns = rng.uniform(0, 0.5, (1, batch, 1)) * np.arange(T * hop).reshape(T, 1, hop)
+    sounds = loud * (np.sin(2 * np.pi * turns) / 2 + rng.uniform(-0.5, 0.5, (T, batch, hop)))
+    return np.asarray(sounds, np.float32)
 
 
 def target_std(module: RecurrentModel) -> Array:

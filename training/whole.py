@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training import graph, parity
 from training.layers import NAMES
@@ -60,6 +60,7 @@ def _entries(nodes: Nodes, module: RecurrentModel) -> str:
     """Embedded symbols or encoded values [T, B, E]."""
     if isinstance(module.encoder, ValueEncoder):
         return graph.encode(nodes, module.encoder)
+    assert isinstance(module.encoder, nn.Embedding)  # sound is heard step by step
     return nodes.add("Gather", nodes.constant("embedding", module.encoder.weight), "symbols", axis=0)
 
 

@@ -149,6 +149,8 @@ def card(versions: dict[int, Model]) -> dict[str, Any]:
 def _inputs(manifest: Manifest) -> list[dict[str, Any]]:
     if manifest.input_kind == "tensors":
         return [_tensor(spec) for spec in manifest.inputs]
+    if (sound := manifest.sound) is not None:
+        return [{"name": "samples", "unit": "full scale", "rate": sound.rate, "hop": sound.hop}]
     if manifest.features:
         return [{"name": f.name, "unit": f.unit, "fill": f.fill} for f in manifest.features]
     splitter = manifest.splitter.kind if manifest.splitter is not None else None

@@ -43,7 +43,7 @@ def start_of(models: Path, model: str) -> list[Any]:
 
 
 def test_the_shipped_models_are_there() -> None:
-    assert {"shakespeare", "nyc-weather", "temperature", "who"} <= set(shipped())
+    assert {"japanese-vowels", "nyc-weather", "shakespeare", "temperature", "who"} <= set(shipped())
 
 
 def test_every_shipped_model_is_loaded_and_runs_in_batches(server: Server) -> None:

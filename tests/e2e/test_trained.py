@@ -12,11 +12,12 @@ import pytest
 import torch
 from live import Server
 from typer.testing import CliRunner
+from wav import chirps
 
 from training.__main__ import app
 from training.checkpoint import load_model
 from training.data import Corpus
-from training.evaluate import run_corpus
+from training.evaluate import label_chances, run_corpus
 from training.export import export_run
 from training.sample import answers
 
@@ -113,6 +114,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "bytes": (text_of_book, "book.txt", "--tokens bytes"),
     "bpe": (text_of_book, "book.txt", "--recipe bpe --set data.vocabulary=300"),
     "pairs": (pairs_of, "pairs.tsv", ""),
+    "chirps": (chirps, "chirps", ""),
 }
 
 
@@ -246,6 +248,25 @@ def test_a_label_with_growing_confidence(server: Server, trained: dict[str, Trai
         right += said[-1]["label"] == one.corpus.labels[int(sequence.targets[-1])]
     assert right / len(one.corpus.test) == one.metrics["model"]
     assert list(one.metrics["by_share_seen"]) == ["25%", "50%", "75%", "100%"]
+
+
+def test_sounds_in_pieces_of_any_length(server: Server, trained: dict[str, Trained], folder: Path) -> None:
+    one, right = trained["chirps"], 0
+    model, _ = load_model(folder / "runs" / "chirps")
+    (heard,) = server.ok(server.http.get("/v1/models/chirps"))["inputs"]
+    assert heard == {"name": "samples", "unit": "full scale", "rate": 8000, "hop": 80}
+    for i, (sequence, chances) in enumerate(zip(one.corpus.test, label_chances(model, one.corpus.test), strict=True)):
+        said = streamed(server, "chirps", f"s{i}", sequence.inputs.tolist(), chunk=(1, 3, 7)[i % 3])
+        probabilities = [[step["probabilities"][label] for label in one.corpus.labels] for step in said]
+        assert torch.allclose(torch.tensor(probabilities), chances, atol=CLOSE)
+        right += said[-1]["label"] == one.corpus.labels[int(sequence.targets[-1])]
+    assert right / len(one.corpus.test) == one.metrics["model"]
+    assert server.verify("chirps-s0")["verified"] is True
+    short = server.post("/v1/sessions/chirps-s0/steps", {"inputs": [[0.0] * 79]})
+    assert (short.status_code, short.json()["detail"]) == (
+        422,
+        "79 values where 80 are needed: sample_1, ..., sample_80",
+    )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

@@ -62,7 +62,7 @@ def gates(model: RecurrentModel, inputs: Tensor) -> Gates:
     cell = model.config.cell
     if cell not in CELLS:
         raise LacksError(f"the cell {cell} has no gates")
-    below = model.encoder(inputs[:, None])[:, 0]
+    below = model.encoded(inputs[:, None], model.initial_state(1))[0][:, 0]
     try:
         for layer in range(model.config.layers):
             found, below = CELLS[cell](model, layer, below)
