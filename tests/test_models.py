@@ -32,6 +32,13 @@ def test_together_they_are_at_most_30_mb() -> None:
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 30 * 2**20
 
 
+@pytest.mark.parametrize("name", [name for name in shipped() if "int8" in metrics(name)])
+def test_int8_lost_less_than_its_bound(name: str) -> None:
+    found = metrics(name)["int8"]
+    assert load(newest(name)).manifest.quantization == "int8"
+    assert found["lost_percent"] <= found["bound_percent"] <= 0.5
+
+
 def test_who_is_small_and_right_at_any_distance() -> None:
     assert (newest("who") / "model.onnx").stat().st_size < 2**20
     found = metrics("who")
@@ -44,6 +51,13 @@ def test_who_is_small_and_right_at_any_distance() -> None:
 def test_shakespeare_beats_what_counts_characters() -> None:
     found = metrics("shakespeare")
     assert found["model"] <= 2.10
+    assert found["model"] < found["5-gram"] < found["unigram"]
+    assert found["model"] < found["model_reset_every_64"]
+
+
+def test_bible_reads_any_byte_and_beats_what_counts_them() -> None:
+    found, manifest = metrics("bible"), load(newest("bible")).manifest
+    assert len(manifest.symbols) == 256 and manifest.splitter is not None and manifest.splitter.kind == "bytes"
     assert found["model"] < found["5-gram"] < found["unigram"]
     assert found["model"] < found["model_reset_every_64"]
 

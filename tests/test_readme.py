@@ -158,6 +158,13 @@ def text_figures(m: dict[str, Any]) -> str:
     )
 
 
+def byte_figures(m: dict[str, Any]) -> str:
+    return (
+        f"{m['model']:.2f} bits a byte over four held-out books, the state carried; "
+        f"unigram {m['unigram']:.2f}, 5-gram {m['5-gram']:.2f}"
+    )
+
+
 def speaker_figures(m: dict[str, Any]) -> str:
     seen = [f"{share} {right['right']:.1%}" for share, right in m["by_share_seen"].items()]
     return f"{m['model']:.1%} of {m['sequences']} test utterances right; of an utterance heard: {', '.join(seen)}"
@@ -187,6 +194,7 @@ FIGURES = {
     "temperature": temperature_figures,
     "nyc-weather": temperature_figures,
     "shakespeare": text_figures,
+    "bible": byte_figures,
     "japanese-vowels": speaker_figures,
 }
 

@@ -34,7 +34,7 @@ def manifest_of(models: Path, model: str) -> Manifest:
 
 def writers() -> list[str]:
     """The models that generate."""
-    known = ("tiny-letters", "tiny-tags", "tiny-window-letters", "shakespeare")
+    known = ("tiny-letters", "tiny-tags", "tiny-window-letters", "shakespeare", "bible")
     return [model for model in every_model() if model in known]
 
 
@@ -43,7 +43,7 @@ def start_of(models: Path, model: str) -> list[Any]:
 
 
 def test_the_shipped_models_are_there() -> None:
-    assert {"japanese-vowels", "nyc-weather", "shakespeare", "temperature", "who"} <= set(shipped())
+    assert {"bible", "japanese-vowels", "nyc-weather", "shakespeare", "temperature", "who"} <= set(shipped())
 
 
 def test_every_shipped_model_is_loaded_and_runs_in_batches(server: Server) -> None:
