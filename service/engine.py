@@ -53,8 +53,8 @@ another thread, and to cut in two what would have come together"""
 MAX_AHEAD = 2
 """folds that are under way at once"""
 HURRY_S = 0.008
-"""how long a roll-out goes on when others have come: a commit of its rows costs about two milliseconds, so that less
-would cost streams more than it saves the others"""
+"""how long a roll-out goes on when others have come, or as long as it has itself waited for others: a commit of its rows
+costs about two milliseconds, so that less would cost streams more than it saves the others"""
 
 Post = Callable[[list[tuple[Listener, Event]]], None]
 """Takes a tick's events to the event loop; called on the engine's thread."""
@@ -117,6 +117,8 @@ class Engine:
         self._store_run = store.run
         self._arrived = threading.Condition()
         self._inbox: deque[Work] = deque()
+        self._patience = HURRY_S
+        """seconds that a roll-out may go on when others have come"""
         self._since = 0.0
         """when what is begun, or goes on, was there: the oldest of the inbox, the end of its tick"""
         self._inbox_since = 0.0
@@ -258,7 +260,9 @@ class Engine:
         works, self._unscheduled = self._unscheduled, []
         batch = self._next_batch()
         if batch is not None:
-            self._queue_seconds.observe(perf_counter() - batch.since)
+            waited = perf_counter() - batch.since
+            self._queue_seconds.observe(waited)
+            self._patience = max(HURRY_S, waited)
         if batch is None:
             self._finish(works)
         elif batch.draws or batch.width < AHEAD_FED:
@@ -409,7 +413,7 @@ class Engine:
         """Numbers of the steps to take: fewer when others have come, who would wait for all of them."""
         began = perf_counter()
         for step in range(steps):
-            if step and self._inbox and perf_counter() - began > HURRY_S:
+            if step and self._inbox and perf_counter() - began > self._patience:
                 return
             yield step
 

@@ -1,6 +1,7 @@
 """The engine without HTTP: commit before reply, failures that harm nobody else, sessions that wake as they slept."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -529,7 +530,12 @@ def test_a_roll_out_ends_early_for_those_who_come(rig: MakeRig, monkeypatch: pyt
         ears = [Ear() for _ in range(streams)]
         if disturbed:
             fed = Ear()
-            runners[0].happens = lambda: feed(one, symbols(1), "other", new=True, ear=fed)
+
+            def come() -> None:
+                feed(one, symbols(1), "other", new=True, ear=fed)
+                time.sleep(1.0)  # longer than the streams had to wait for their tick
+
+            runners[0].happens = come
         for i, ear in enumerate(ears):
             one.engine.submit(Generate(ear, NewSession(key(str(i)), i), symbols(i % 12), generation(max_tokens=60)))
         one.start()
