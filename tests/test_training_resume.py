@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,7 +90,11 @@ def end(arguments: list[str], run: Path, number: signal.Signals) -> None:
     while not (run / "history.json").exists():  # written just before
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
-    os.killpg(process.pid, number)  # as a terminal does
+    if number is signal.SIGKILL:  # of everybody; torchrun's workers are in sessions of their own
+        for pid in [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]:
+            os.kill(pid, number)
+    else:
+        os.killpg(process.pid, number)  # as a terminal does
     reader = threading.Thread(target=drain, args=(pipe,), daemon=True)
     reader.start()
     process.wait(timeout=240)
@@ -157,6 +162,8 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path) -> None:
 
 def test_two_processes_resume_to_the_bits_of_two_unbroken_ones(tmp_path: Path) -> None:
     finish(command(tmp_path, "whole", EVERYTHING, processes=2))
-    end(command(tmp_path, "cut", EVERYTHING, processes=2), tmp_path / "cut", signal.SIGINT)
-    finish(command(tmp_path, "cut", EVERYTHING, "--resume", processes=2))
-    assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
+    for number in (signal.SIGINT, signal.SIGKILL):
+        run = tmp_path / number.name
+        end(command(tmp_path, run.name, EVERYTHING, processes=2), run, number)
+        finish(command(tmp_path, run.name, EVERYTHING, "--resume", processes=2))
+        assert digests(run) == digests(tmp_path / "whole")
