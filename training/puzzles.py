@@ -66,12 +66,21 @@ def numbers(steps: int, count: int, generator: torch.Generator | None = None) ->
 
 
 def copy_memory(data: DataRecipe) -> Corpus:
-    """Ten letters, data.steps blanks, then the letters again while it is asked for them; a blank is said until then."""
+    """Ten letters, data.steps blanks, then the letters again while it is asked for them; a blank is said until then.
+
+    Each part has a seed of its own, so that a longer delay, gone on to with --init-from, tests no letters that were
+    learnt.
+    """
     delay = checked(data)
-    generator = torch.Generator().manual_seed(SEED)
     blank, recall = len(LETTERS), len(LETTERS) + 1
-    letters = torch.randint(len(LETTERS), (data.sequences, REMEMBERED), generator=generator)
-    asked = REMEMBERED + 1
+    seeds = [torch.Generator().manual_seed(SEED + i) for i in range(3)]
+    letters = torch.cat(
+        [
+            torch.randint(len(LETTERS), (count, REMEMBERED), generator=generator)
+            for count, generator in zip(counts(data), seeds, strict=True)
+        ]
+    )
+    asked = REMEMBERED + 1  # the first one is asked before the first letter is due
     inputs = torch.full((data.sequences, delay + 2 * REMEMBERED), blank, dtype=torch.int64)
     inputs[:, :REMEMBERED] = letters
     inputs[:, -asked:] = recall
@@ -103,10 +112,16 @@ def checked(data: DataRecipe) -> int:
     return data.steps
 
 
+def counts(data: DataRecipe) -> tuple[int, int, int]:
+    """How many sequences train, validate and test; raises DataError for a part without any."""
+    first, second = (int(data.sequences * (1 - share)) for share in (data.validation + data.test, data.test))
+    parts = first, second - first, data.sequences - second
+    if min(parts) < 1:
+        raise DataError(f"data.sequences: {data.sequences} are too few for three parts")
+    return parts
+
+
 def split(sequences: list[Sequence], data: DataRecipe) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
     """The first ones train, the next validate, the last test."""
-    first, second = int(len(sequences) * (1 - data.validation - data.test)), int(len(sequences) * (1 - data.test))
-    parts = sequences[:first], sequences[first:second], sequences[second:]
-    if not all(parts):
-        raise DataError(f"data.sequences: {len(sequences)} are too few for three parts")
-    return parts
+    train, validation, _ = counts(data)
+    return sequences[:train], sequences[train : train + validation], sequences[train + validation :]
