@@ -84,7 +84,8 @@ def test_a_classifier_from_csv(tmp_path: Path, sensors: Path) -> None:
 
 
 def test_who_from_its_recipe(tmp_path: Path) -> None:
-    trained = call("train", "--recipe", "who", "--out", tmp_path / "run", "--set", "data.stories=20", *SMALL, "--quiet")
+    few = ("--set", "data.sequences=20")
+    trained = call("train", "--recipe", "who", "--out", tmp_path / "run", *few, *SMALL, "--quiet")
     assert trained.exit_code == 0, trained.output
     assert last_json(trained)["by_distance"].keys() == {"5", "10", "20", "50", "100"}  # type: ignore[attr-defined]
 

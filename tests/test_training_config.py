@@ -55,3 +55,9 @@ def test_an_unknown_recipe_lists_the_known_ones(tmp_path: Path) -> None:
     broken.write_text("task = ")
     with pytest.raises(RecipeError, match=r"broken\.toml"):
         read_recipe(str(broken))
+
+
+def test_windows_cannot_be_whole_sequences() -> None:
+    assert recipe_from(read_recipe("adding")).train.steps == 0
+    with pytest.raises(RecipeError, match=r"train\.steps"):
+        recipe_from(read_recipe("adding"), ["train.form=windowed"])

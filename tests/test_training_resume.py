@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,7 +90,11 @@ def end(arguments: list[str], run: Path, number: signal.Signals) -> None:
     while not (run / "history.json").exists():  # written just before
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
-    os.killpg(process.pid, number)  # as a terminal does
+    if number is signal.SIGKILL:  # of everybody; torchrun's workers are in sessions of their own
+        for pid in [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]:
+            os.kill(pid, number)
+    else:
+        os.killpg(process.pid, number)  # as a terminal does
     reader = threading.Thread(target=drain, args=(pipe,), daemon=True)
     reader.start()
     process.wait(timeout=240)
@@ -143,20 +148,25 @@ def curve(run: Path) -> list[float]:
 
 
 def test_two_processes_have_the_loss_curve_of_one(tmp_path: Path) -> None:
-    every = ["train.evaluate_steps=1", "train.batch=5", "train.precision=fp32", "model.dropout=0"]
+    """To 1e-5 for 20 steps and to 1e-3 for 100, means of five steps each."""
+    every = ["train.max_steps=100", "train.max_minutes=0", "train.evaluate_steps=5", "train.batch=5"]
+    every += ["train.precision=fp32", "model.dropout=0"]
     finish(command(tmp_path, "one", every))
     said = finish(command(tmp_path, "two", every, processes=2))
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
-    assert len(one) == STEPS and one[-1] < one[0]
-    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    assert len(one) == 20 and one[-1] < one[0]
+    apart = [abs(a - b) for a, b in zip(one, two, strict=True)]
+    assert max(apart[:4]) < 1e-5 and max(apart) < 1e-3
     assert said.count("parameters") == 1  # one voice
     states = [load_file(tmp_path / run / "last" / "state.safetensors") for run in ("one", "two")]
     assert states[0]["carried.0"].shape == states[1]["carried.0"].shape == (2, 5, 12)
-    assert (states[0]["carried.0"] - states[1]["carried.0"]).abs().max() < 1e-5
+    assert (states[0]["carried.0"] - states[1]["carried.0"]).abs().max() < 1e-3
 
 
 def test_two_processes_resume_to_the_bits_of_two_unbroken_ones(tmp_path: Path) -> None:
     finish(command(tmp_path, "whole", EVERYTHING, processes=2))
-    end(command(tmp_path, "cut", EVERYTHING, processes=2), tmp_path / "cut", signal.SIGINT)
-    finish(command(tmp_path, "cut", EVERYTHING, "--resume", processes=2))
-    assert digests(tmp_path / "whole") == digests(tmp_path / "cut")
+    for number in (signal.SIGINT, signal.SIGKILL):
+        run = tmp_path / number.name
+        end(command(tmp_path, run.name, EVERYTHING, processes=2), run, number)
+        finish(command(tmp_path, run.name, EVERYTHING, "--resume", processes=2))
+        assert digests(run) == digests(tmp_path / "whole")

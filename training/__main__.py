@@ -63,7 +63,9 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu (a resumed run is exact), cuda or mps.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto (bf16 where it is faster), fp32 or bf16.")] = None,
-    tbptt: Annotated[int | None, typer.Option(help="Steps a gradient reaches back; the state reaches further.")] = None,
+    tbptt: Annotated[
+        int | None, typer.Option(help="Steps a gradient reaches back (0: all); the state reaches further.")
+    ] = None,
     accumulate: Annotated[int | None, typer.Option(help="Parts a batch is learnt from in: less memory.")] = None,
     average: Annotated[float | None, typer.Option(help="Export a running mean of the weights: 0.999.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
@@ -423,9 +425,11 @@ def tables(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, A
     plain = {key: {"": value} for key, value in metrics.items() if isinstance(value, float | int)}
     if plain:
         yield metrics["unit"], plain
-    if "by_entity" in metrics:
-        entities = metrics["by_entity"].items()
-        yield metrics["unit"], {f"{entity} {name}": row for entity, rows in entities for name, row in rows.items()}
+    squared = "mean squared error of the mean output, in the data's units"
+    for key, title in (("by_entity", metrics["unit"]), ("squared_error", squared)):
+        if key in metrics:
+            entities = metrics[key].items()
+            yield title, {f"{entity} {name}": row for entity, rows in entities for name, row in rows.items()}
     if "interval" in metrics:
         said = metrics["interval"]
         yield f"covered by the {said['nominal']:.0%} interval", said["covered"]
@@ -440,7 +444,9 @@ def tables(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, dict[str, A
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) >= 0.01 or not value else f"{value:.3g}"
+    return "" if value is None else f"{value:,}"
 
 
 @contextmanager

@@ -41,8 +41,10 @@ class DataRecipe:
     """The column that holds a symbol a row, where a classifier's inputs are no numbers."""
     only: str = ""
     """nyc-weather: keep this feature alone."""
-    stories: int = 4000
-    """who: stories to learn from."""
+    sequences: int = 4000
+    """Made data (who, reverse, adding, copy-memory): how many there are; of who, how many to learn from."""
+    steps: int = 100
+    """adding: numbers of a sequence; copy-memory: the delay."""
     hop_ms: float = 10.0
     """Sound: milliseconds of a step."""
     window_ms: float = 25.0
@@ -114,7 +116,7 @@ class TrainRecipe:
     """stream (state carried) or windowed (overlapping windows from a zero state)."""
     batch: int = 32
     steps: int = 64
-    """Time steps in a chunk: the reach of back-propagation through time."""
+    """Time steps in a chunk: the reach of back-propagation through time; 0: each sequence whole."""
     stride: int = 16
     """windowed only: steps between the starts of two windows."""
     learning_rate: float = 4e-3
@@ -170,8 +172,10 @@ class Recipe:
         _one_of("train.device", self.train.device, ("auto", "cpu", "cuda", "mps"))
         _one_of("train.form", self.train.form, ("stream", "windowed"))
         _one_of("train.precision", self.train.precision, ("auto", "fp32", "bf16"))
-        if min(self.train.batch, self.train.steps, self.train.stride, self.train.evaluate_steps) < 1:
-            raise RecipeError("train.batch, train.steps, train.stride and train.evaluate_steps must be at least 1")
+        if min(self.train.batch, self.train.stride, self.train.evaluate_steps) < 1:
+            raise RecipeError("train.batch, train.stride and train.evaluate_steps must be at least 1")
+        if self.train.steps < (1 if self.train.form == "windowed" else 0):
+            raise RecipeError("train.steps must be at least 1; 0, for whole sequences, is for train.form = stream")
         if self.train.accumulate < 1 or self.train.patience < 0 or not 0 <= self.train.average < 1:
             raise RecipeError(
                 "train.accumulate must be at least 1, train.patience at least 0, train.average from 0 to below 1"

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training import data_text, events, labelled, series, sounds, translation, weather, who
+from training import data_text, events, labelled, puzzles, series, sounds, translation, weather, who
 from training.config import Recipe
 from training.data import Corpus, DataError
 
 OWN = ("file", "pairs", "sounds", "jsb", "earthquakes")
 """sources that read the file or folder `data.path`"""
-MADE = ("shakespeare", "bible", "nyc-weather", "who", "japanese-vowels", "digits", "reverse", "numbers", "stocks")
-SOURCES = (*MADE, *OWN)
+FETCHED = ("shakespeare", "bible", "nyc-weather", "japanese-vowels", "digits", "stocks")
+MADE = ("who", "reverse", "numbers", "adding", "copy-memory")
+SOURCES = (*FETCHED, *MADE, *OWN)
 
 
 def load_corpus(recipe: Recipe, cache: Path, earlier: Mapping[str, Any] | None = None) -> Corpus:
@@ -32,15 +33,19 @@ def load_corpus(recipe: Recipe, cache: Path, earlier: Mapping[str, Any] | None =
         case "nyc-weather":
             return weather.nyc_weather(cache, data, only=data.only)
         case "who":
-            return who.corpus(data.stories)
+            return who.corpus(data.sequences)
         case "japanese-vowels":
             return labelled.japanese_vowels(cache, data)
         case "digits":
             return labelled.digits(cache, data)
         case "reverse":
-            return translation.reversals(data.stories, data)
+            return translation.reversals(data.sequences, data)
         case "numbers":
             return translation.numbers(data)
+        case "adding":
+            return puzzles.adding(data)
+        case "copy-memory":
+            return puzzles.copy_memory(data)
         case "stocks":
             return events.stocks(cache, data)
     raise DataError(f"data.source is {data.source!r}; it must be one of {', '.join(SOURCES)}")

@@ -30,6 +30,7 @@ class Sequence:
     """One entity in time order: what goes in at p and what is to be predicted there."""
 
     name: str
+    """What its figures stand under; a regressor's sequences of one name count together."""
     inputs: Tensor
     """[N] int64 symbols or [N, F] float32 values."""
     targets: Tensor

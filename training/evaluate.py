@@ -30,6 +30,7 @@ PAIRS = 500
 """of which answers are written out; more would take long and say little new"""
 SEEN = (0.25, 0.5, 0.75, 1.0)
 """shares of a labelled sequence after which its label is judged"""
+PARTS = ("inputs", "targets", "weights")
 RESET = {"language-model": (64, 256), "classifier": (16,)}
 """For comparison the state is zeroed every so many steps."""
 
@@ -129,28 +130,55 @@ def score_notes(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
 
 
 def score_values(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
-    """Mean absolute error of what belongs to the step itself, beside the mean and what the row says without memory."""
+    """Errors of what belongs to the step itself, beside the mean and what the row says without memory.
+
+    The absolute error is that of the middle quantile, if there is one; the squared error that of the mean output.
+    """
     point = point_quantile(model)
-    rows = baselines.this_row(corpus.train, corpus.test, len(corpus.symbols))
+    tested = joined(corpus.test, forecasts(model, corpus.test))
+    rows = baselines.this_row(corpus.train, [sequence for sequence, _ in tested], len(corpus.symbols))
     means = np.array([output.mean for output in corpus.outputs])
-    by_entity: dict[str, Any] = {}
-    for sequence, outputs, row in zip(corpus.test, forecasts(model, corpus.test), rows, strict=True):
-        chosen = (outputs["mean"] if point is None else outputs["quantiles"][:, point]).double().numpy()
-        wanted, scored = sequence.targets.double().numpy(), sequence.weights.numpy() > 0
-        said = {"model": chosen, "this row alone": row, "training mean": np.broadcast_to(means, wanted.shape)}
-        by_entity[sequence.name] = {
-            name: {which: float(np.abs(v - wanted)[scored[:, k], k].mean()) for which, v in said.items()}
-            | {"steps": int(scored[:, k].sum())}
-            for k, name in enumerate(corpus.target_names)
-            if scored[:, k].any()
-        }
+    absolute: dict[str, Any] = {}
+    squared: dict[str, Any] = {}
+    for (sequence, outputs), row in zip(tested, rows, strict=True):
+        mean = outputs["mean"].double().numpy()
+        chosen = mean if point is None else outputs["quantiles"][:, point].double().numpy()
+        beside = {"this row alone": row, "training mean": np.broadcast_to(means, mean.shape)}
+        absolute[sequence.name] = _value_figures(sequence, corpus, {"model": chosen, **beside}, np.abs)
+        squared[sequence.name] = _value_figures(sequence, corpus, {"model": mean, **beside}, np.square)
     return {
         "unit": "mean absolute error, in the data's units",
         "point": "mean" if point is None else f"quantile {model.config.quantiles[point]}",
-        "by_entity": by_entity,
-        **verdict(by_entity),
+        "by_entity": absolute,
+        "squared_error": squared,
+        **verdict(absolute),
         **interval(model, corpus),
     }
+
+
+def _value_figures(sequence: Sequence, corpus: Corpus, said: Mapping[str, Any], error: Any) -> dict[str, Any]:  # noqa: ANN401 (a numpy function)
+    """Per target the mean of error(said - wanted) over the scored steps."""
+    wanted, scored = sequence.targets.double().numpy(), sequence.weights.numpy() > 0
+    return {
+        name: {which: float(error(value - wanted)[scored[:, k], k].mean()) for which, value in said.items()}
+        | {"steps": int(scored[:, k].sum())}
+        for k, name in enumerate(corpus.target_names)
+        if scored[:, k].any()
+    }
+
+
+def joined(sequences: list[Sequence], outputs: list[dict[str, Tensor]]) -> list[tuple[Sequence, dict[str, Tensor]]]:
+    """Sequences of one name one after another, as one, each with what was said of it."""
+    named: dict[str, list[tuple[Sequence, dict[str, Tensor]]]] = {}
+    for pair in zip(sequences, outputs, strict=True):
+        named.setdefault(pair[0].name, []).append(pair)
+    return [
+        (
+            Sequence(name, *(torch.cat([getattr(one, part) for one, _ in pairs]) for part in PARTS)),
+            {output: torch.cat([said[output] for _, said in pairs]) for output in pairs[0][1]},
+        )
+        for name, pairs in named.items()
+    ]
 
 
 def verdict(by_entity: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, list[str]]:
@@ -176,6 +204,7 @@ def score_labels(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "unit": "share of steps right",
         "steps": len(test),
+        "nats per step": sum(losses(model, corpus.test)) / len(test),
         "model": accuracy(model, corpus.test),
         f"model_reset_every_{every}": accuracy(model, cut(corpus.test, every)),
         "commonest label": baselines.commonest_label(train, test),
@@ -257,7 +286,7 @@ def interval(model: RecurrentModel, corpus: Corpus) -> dict[str, Any]:
 def covered(model: RecurrentModel, corpus: Corpus) -> dict[str, dict[str, float]]:
     """Per column and entity the share of scored steps between the outermost quantiles."""
     shares: dict[str, dict[str, float]] = {name: {} for name in corpus.column_names}
-    for sequence, outputs in zip(corpus.test, forecasts(model, corpus.test), strict=True):
+    for sequence, outputs in joined(corpus.test, forecasts(model, corpus.test)):
         for name, share in zip(shares, _coverage(sequence, outputs["quantiles"]), strict=True):
             shares[name][sequence.name] = share
     return shares

@@ -163,7 +163,7 @@ def build_optimiser(model: RecurrentModel, recipe: Recipe) -> torch.optim.Optimi
 def build_batches(recipe: Recipe, corpus: Corpus) -> Batches:
     """The data set of the recipe's form."""
     train, sequences = recipe.train, corpus.train + corpus.variants
-    if recipe.model.bidirectional:
+    if recipe.model.bidirectional or not train.steps:
         return StreamSet(sequences, train.batch, max(map(len, sequences)), whole=True)
     if train.form == "windowed":
         return WindowSet(sequences, train.batch, train.steps, train.stride)

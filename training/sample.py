@@ -156,19 +156,19 @@ def notes_shown(model: RecurrentModel, corpus: Corpus, sequence: Sequence, steps
 
 @torch.no_grad()
 def values_shown(model: RecurrentModel, corpus: Corpus, sequence: Sequence, steps: int = 8) -> str:
-    """The first steps as said/measured, of the first target."""
-    outputs, _ = model(sequence.inputs[:steps, None], model.initial_state(1))
-    pairs = zip(outputs["mean"][:, 0, 0].tolist(), sequence.targets[:steps, 0].tolist(), strict=True)
+    """The last steps that are scored as said/measured, of the first target."""
+    outputs, _ = model(sequence.inputs[:, None], model.initial_state(1))
+    scored = (sequence.weights[:, 0] > 0).nonzero()[-steps:, 0]
+    pairs = zip(outputs["mean"][scored, 0, 0].tolist(), sequence.targets[scored, 0].tolist(), strict=True)
     return f"{corpus.target_names[0]}: " + " ".join(f"{said:.4g}/{true:.4g}" for said, true in pairs)
 
 
 @torch.no_grad()
 def labels_shown(model: RecurrentModel, corpus: Corpus, sequence: Sequence, steps: int = 24) -> str:
-    """The first steps as input/label, an asterisk where the label is wrong."""
-    read = len(sequence) if model.config.bidirectional else steps
-    outputs, _ = model(sequence.inputs[:read, None], model.initial_state(1))
-    said = outputs["logits"][:steps, 0].argmax(dim=-1)
-    words = [corpus.symbols[i] for i in sequence.inputs[:steps].tolist()] if corpus.symbols else ["step"] * len(said)
-    wrong = ["" if a == b else "*" for a, b in zip(said.tolist(), sequence.targets[:steps].tolist(), strict=True)]
+    """The last steps as input/label, an asterisk where the label is wrong."""
+    outputs, _ = model(sequence.inputs[:, None], model.initial_state(1))
+    said = outputs["logits"][-steps:, 0].argmax(dim=-1)
+    words = [corpus.symbols[i] for i in sequence.inputs[-steps:].tolist()] if corpus.symbols else ["step"] * len(said)
+    wrong = ["" if a == b else "*" for a, b in zip(said.tolist(), sequence.targets[-steps:].tolist(), strict=True)]
     parts = zip(words, [corpus.labels[i] for i in said.tolist()], wrong, strict=True)
     return " ".join(f"{word}/{label}{mark}" for word, label, mark in parts)

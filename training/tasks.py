@@ -93,7 +93,7 @@ class Classifier:
     def show(
         self, model: RecurrentModel, meta: dict[str, Any], corpus: Corpus, sample: SampleRecipe, plots: Path
     ) -> str:
-        """The first steps of a validation sequence with the label said at each."""
+        """The last steps of a validation sequence with the label said at each."""
         return labels_shown(model, corpus, corpus.validation[0])
 
 
@@ -178,7 +178,7 @@ class Regressor(Forecaster):
     def show(
         self, model: RecurrentModel, meta: dict[str, Any], corpus: Corpus, sample: SampleRecipe, plots: Path
     ) -> str:
-        """The first steps of a validation sequence with what is said at each."""
+        """The last steps of a validation sequence that are scored, with what is said at each."""
         return values_shown(model, corpus, corpus.validation[0])
 
 

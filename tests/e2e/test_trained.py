@@ -90,7 +90,7 @@ def pairs_of(path: Path) -> Path:
     return path
 
 
-KINDS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
+KINDS: dict[str, tuple[Callable[[Path], Path] | None, str, str]] = {
     "horizons": (
         series_file,
         "series.csv",
@@ -115,6 +115,8 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "bpe": (text_of_book, "book.txt", "--recipe bpe --set data.vocabulary=300"),
     "pairs": (pairs_of, "pairs.tsv", ""),
     "chirps": (chirps, "chirps", ""),
+    "adding": (None, "", "--recipe adding --set data.steps=30 --set data.sequences=100 --set model.chrono=30"),
+    "copy": (None, "", "--recipe copy-memory --set data.steps=30 --set data.sequences=100 --set model.chrono=30"),
 }
 
 
@@ -133,9 +135,8 @@ def trained(folder: Path) -> dict[str, Trained]:
 def train(folder: Path, name: str) -> Trained:
     make, file, options = KINDS[name]
     run = folder / "runs" / name
-    done = CliRunner().invoke(
-        app, ["train", "--data", str(make(folder / file)), "--out", str(run), *options.split(), *SMALL.split()]
-    )
+    data = ["--data", str(make(folder / file))] if make is not None else []
+    done = CliRunner().invoke(app, ["train", *data, "--out", str(run), *options.split(), *SMALL.split()])
     assert done.exit_code == 0, done.output
     _, meta = load_model(run)
     export_run(run, folder / "models", name)
@@ -267,6 +268,25 @@ def test_sounds_in_pieces_of_any_length(server: Server, trained: dict[str, Train
         422,
         "79 values where 80 are needed: sample_1, ..., sample_80",
     )
+
+
+def test_the_sum_at_the_last_step(server: Server, trained: dict[str, Trained]) -> None:
+    one, errors = trained["adding"], []
+    for i, sequence in enumerate(one.corpus.test):
+        said = streamed(server, "adding", str(i), sequence.inputs.tolist(), chunk=7)
+        errors.append(said[-1]["mean"]["sum"] - float(sequence.targets[-1, 0]))
+    printed = one.metrics["squared_error"]["adding"]["sum"]
+    assert sum(error**2 for error in errors) / len(errors) == pytest.approx(printed["model"], abs=CLOSE)
+    assert len(errors) == printed["steps"]
+
+
+def test_letters_that_come_again(server: Server, trained: dict[str, Trained]) -> None:
+    one, nats = trained["copy"], []
+    for i, sequence in enumerate(one.corpus.test):
+        given = [one.corpus.symbols[symbol] for symbol in sequence.inputs]
+        for step, label in zip(streamed(server, "copy", str(i), given, chunk=7), sequence.targets, strict=True):
+            nats.append(-math.log(step["probabilities"][one.corpus.labels[label]]))
+    assert sum(nats) / len(nats) == pytest.approx(one.metrics["nats per step"], abs=CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training.lecture.cells import KINDS, WITH_CHRONO, Cell, cell
 from training.lecture.finding import Finding, Setting
 from training.look import pictures
+from training.puzzles import numbers
 
 GUESS = 1 / 6
 LEARNT, DONE = 0.01, 1e-3
@@ -86,13 +87,3 @@ def learn(kind: str, chrono: int, steps: int, setting: Setting) -> tuple[list[in
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
     return at, errors
-
-
-def numbers(steps: int, count: int) -> tuple[Tensor, Tensor]:
-    """Inputs [T, B, 2] of number and mark, and the sums [B]."""
-    values = torch.rand(steps, count)
-    marks = torch.zeros(steps, count)
-    half = steps // 2
-    for low, high in ((0, half), (half, steps)):
-        marks[torch.randint(low, high, (count,)), torch.arange(count)] = 1
-    return torch.stack((values, marks), dim=-1), (values * marks).sum(dim=0)
