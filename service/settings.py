@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     max_queue_steps: int = Field(default=1_000_000, ge=1, description="steps that may wait for one model")
     max_resident: int = Field(default=100_000, ge=1, description="sessions of one model held in memory")
     snapshot_every: int = Field(
-        default=256, ge=8, le=10**6, description="steps from one snapshot of a session's state to the next"
+        default=256, ge=8, le=10**6, description="steps, at least, from one snapshot of a session's state to the next"
     )
     log_retention: Annotated[int, Field(ge=8)] | Literal["all"] = Field(
         default="all", description="steps that a session can be gone back (at least 8), or all"

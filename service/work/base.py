@@ -342,9 +342,11 @@ class SessionWork(Work):
 
     @property
     def steps(self) -> int:
-        """Steps that can be taken now: at most up to the next snapshot, which is noted between two chunks."""
-        every = max(self._host.keeping.snapshot_every, LEAST_CHUNK)
-        return min(self.remaining, every - (self.at - self._snapshot_at) % every)
+        """Steps that can be taken now: as many as lie between two snapshots, which are noted between two chunks.
+
+        To cut chunks so that snapshots lie at even distances would leave ever shorter ones before each.
+        """
+        return min(self.remaining, max(self._host.keeping.snapshot_every, LEAST_CHUNK))
 
     @property
     def expected(self) -> Fence | None:
