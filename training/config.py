@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from training.model import TASKS
 
 RECIPES = Path(__file__).parent / "recipes"
+RENAMED = {("data", "stories"): "sequences"}
 
 
 class RecipeError(ValueError):
@@ -220,8 +221,11 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_from(data: Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """Plain data and `section.key=value` overrides -> a checked Recipe."""
+    """Plain data and `section.key=value` overrides -> a checked Recipe; runs and bundles may have a key's old name."""
     merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    for (section, old), new in RENAMED.items():
+        if isinstance(part := merged.get(section), dict) and old in part:
+            part.setdefault(new, part.pop(old))
     for override in overrides:
         _apply(merged, override)
     recipe: Recipe = _build(Recipe, merged, "")

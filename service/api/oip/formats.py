@@ -247,11 +247,17 @@ class Refusal(ErrorDocument):
     error: str
 
 
-def described(what: str, schema: object, *codes: str) -> dict[int | str, dict[str, Any]]:
+RAW = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+"""JSON, and tensors as bytes behind it"""
+
+
+def described(what: str, schema: object, *codes: str, raw: bool = False) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI description of a route's answer (None: it is empty) and of the errors it may give, by code."""
     found: dict[int | str, dict[str, Any]] = {200: {"description": what}} if what else {}
     if schema is not None:
         found[200]["model"] = schema
+    if raw:
+        found[200]["content"] = RAW
     by_status: dict[int, list[str]] = {}
     for code in sorted({*codes, *ALWAYS}):
         by_status.setdefault(open_inference_status(code, STATUS[code][0]), []).append(code)
@@ -269,9 +275,7 @@ def body_of(schema: type[BaseModel], required: bool, raw: bool = False, **exampl
     if examples:
         json["examples"] = {name: {"value": value} for name, value in examples.items()}
     json["schema"] = _inlined(json["schema"], definitions)
-    content = {"application/json": json}
-    if raw:
-        content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+    content = {"application/json": json, **(RAW if raw else {})}
     return {"requestBody": {"required": required, "content": content}}
 
 

@@ -59,6 +59,7 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
         "numeric_fault",
         "payload_too_large",
         "unsupported_media_type",
+        raw=True,
     ),
 )
 async def infer(request: Request, name: str, version: int | None) -> Response:
