@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,14 +144,18 @@ class Forecaster:
 
     def baselines(self, model: RecurrentModel, corpus: Corpus) -> dict[str, float]:
         """The same loss of saying that nothing changes, for the mean and for every quantile."""
+        return {"persistence": self._loss_of(lambda batch: batch.inputs[..., corpus.columns], model, corpus)}
+
+    def _loss_of(self, guess: Callable[[Batch], Tensor], model: RecurrentModel, corpus: Corpus) -> float:
+        """The mean loss on the validation part of a guess [T, B, K], taken for the mean and for every quantile."""
         total = weight = 0.0
         for i, sequence in enumerate(corpus.validation):
             batch = collate(corpus.validation, [(i, 0, len(sequence), True)])
-            current = batch.inputs[..., corpus.columns]
-            copies = current.unsqueeze(-2).expand(*current.shape[:-1], len(model.config.quantiles), -1)
-            loss, weighed = self.losses(model, {"mean": current, "quantiles": copies}, batch)
+            said = guess(batch)
+            copies = said.unsqueeze(-2).expand(*said.shape[:-1], len(model.config.quantiles), -1)
+            loss, weighed = self.losses(model, {"mean": said, "quantiles": copies}, batch)
             total, weight = total + float(loss), weight + float(weighed)
-        return {"persistence": total / max(weight, 1.0)}
+        return total / max(weight, 1.0)
 
     def show(
         self, model: RecurrentModel, meta: dict[str, Any], corpus: Corpus, sample: SampleRecipe, plots: Path
@@ -165,15 +170,8 @@ class Regressor(Forecaster):
 
     def baselines(self, model: RecurrentModel, corpus: Corpus) -> dict[str, float]:
         """The same loss of always saying the training part's mean."""
-        total = weight = 0.0
         mean = forecast_head(model).target_mean
-        for i, sequence in enumerate(corpus.validation):
-            batch = collate(corpus.validation, [(i, 0, len(sequence), True)])
-            said = mean.expand_as(batch.targets)
-            copies = said.unsqueeze(-2).expand(*said.shape[:-1], len(model.config.quantiles), -1)
-            loss, weighed = self.losses(model, {"mean": said, "quantiles": copies}, batch)
-            total, weight = total + float(loss), weight + float(weighed)
-        return {"training mean": total / max(weight, 1.0)}
+        return {"training mean": self._loss_of(lambda batch: mean.expand_as(batch.targets), model, corpus)}
 
     def show(
         self, model: RecurrentModel, meta: dict[str, Any], corpus: Corpus, sample: SampleRecipe, plots: Path

@@ -125,7 +125,7 @@ class Wire(HttpToolsProtocol):
         end = data.find(b"\r\n\r\n", whole.end() - 2) + 4
         head, length = data[whole.end() : end], len(data) - end
         known = self._known.get(head)
-        if known is not None and known[0] == length and self._is_free():
+        if known is not None and known[0] == length and end <= self._greatest_head() and self._is_free():
             step = self._begin(whole[1].decode("ascii"), data[end:], known[1])
             if step is not None:
                 self._unset_keepalive_if_required()
@@ -137,6 +137,10 @@ class Wire(HttpToolsProtocol):
         begun = self._step is not None and self._step is not before
         if begun and known is None and not self._within and len(head) <= MAX_KNOWN_BYTES:
             self._remember(head, length)
+
+    def _greatest_head(self) -> int:
+        """Bytes; a known head may come with a longer session id."""
+        return int(self._application.state.settings.max_header_bytes)  # type: ignore[union-attr]
 
     def on_known_step(self) -> None:
         """A step has begun whose request was not parsed."""

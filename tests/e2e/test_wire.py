@@ -140,6 +140,25 @@ def test_a_known_head_may_be_followed_by_anything(connection: Connection, name: 
     assert connection.closed()
 
 
+def test_a_known_head_is_no_longer_than_a_head_may_be(fresh: MakeServer, name: str) -> None:
+    """What is refused when it is read must be refused when the rest of it is known."""
+    server = fresh(max_header_bytes=1024).start()
+    padded = b"X-Padding: %b\r\n" % (b"a" * 900)
+    with closing(Connection(server)) as connection:
+        long = "s" * 128
+        for _ in range(2):
+            connection.send(post("s", BODY, padded) + post(long, BODY))
+            assert [connection.answer()[0] for _ in range(2)] == [200, 200]
+            connection.send(post("s", BODY, padded))
+            assert connection.answer()[0] == 200
+        told = []
+        for more in (padded, padded.replace(b"Padding", b"Paddinh")):
+            with closing(Connection(server)) as other:
+                other.send(post(long, BODY, more))
+                told.append(other.answer())
+        assert told[0][0] == told[1][0] == 431, told
+
+
 def test_what_comes_behind_a_plain_step_is_no_plain_head(connection: Connection, name: str) -> None:
     """A request that waits for the step before it is read while that is under way: its key still counts."""
     for i in range(20):
