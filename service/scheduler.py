@@ -2,9 +2,9 @@
 
 A call folds the same number of steps for every row, so a row that has n steps to go joins the rows with the same power
 of two of steps (at most `MAX_STEPS`); a fold's result does not depend on how it is cut. Rows that know their entries
-and rows that draw them wait apart. The batch that has waited longest goes first, and a row goes to the back after each
-tick: a long feed waits behind the streams and they behind it, and what came during a tick goes before the rows of that
-tick.
+and rows that draw them wait apart. The batch that was queued first goes first, and a row goes to the back after each
+tick: a long feed waits behind the streams and they behind it. What came during a tick goes before the rows of that
+tick, a batch of it: more would make streams wait for all lines of a bulk request that comes bit by bit.
 """
 
 from collections import deque
@@ -86,6 +86,8 @@ class Scheduler(Generic[R]):
         self._max_steps = max_steps
         self._queues: dict[tuple[bool, int], deque[tuple[int, float, R]]] = {}
         self._arrivals = 0
+        self._overtook = False
+        """whether the last batch went before one that had been queued earlier"""
         self.waiting = 0
         """sessions"""
 
@@ -105,10 +107,13 @@ class Scheduler(Generic[R]):
 
     def next(self) -> Batch[R] | None:
         """The rows of the next tick, taken from the queue whose first row has waited longest."""
-        waiting = [(queue[0][1], queue[0][0], kind) for kind, queue in self._queues.items() if queue]
+        waiting = [(queue[0][:2], kind) for kind, queue in self._queues.items() if queue]
         if not waiting:
             return None
-        *_, (draws, steps) = min(waiting)
+        (arrival, _), first_queued = min(waiting)
+        (other, _), first_there = min(waiting, key=lambda one: (one[0][1], one[0][0]))
+        self._overtook = other != arrival and not self._overtook
+        draws, steps = first_there if self._overtook else first_queued
         queue = self._queues[draws, steps]
         _, since, first = queue.popleft()
         rows = [first]

@@ -135,6 +135,16 @@ def test_who_came_during_a_tick_goes_before_the_rows_of_that_tick() -> None:
     assert order == [newcomer, stream]
 
 
+def test_of_those_who_came_during_a_tick_one_batch_goes_before_its_rows() -> None:
+    scheduler = Scheduler[Row](1)
+    stream, newcomers = Row(9, draws=True), [Row(1) for _ in range(3)]
+    scheduler.add(stream, since=2.0)
+    for row in newcomers:
+        scheduler.add(row, since=1.0)
+    order = [batch.rows[0] for _ in range(4) if (batch := scheduler.next()) is not None]
+    assert order == [newcomers[0], stream, *newcomers[1:]]
+
+
 def test_a_long_feed_among_streams_makes_nobody_wait() -> None:
     """100,000 steps beside 20 streams: a stream is never more than one other batch away from its turn."""
     streams = [Row(1) for _ in range(20)]
