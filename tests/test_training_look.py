@@ -123,14 +123,15 @@ def test_no_run_is_one_line() -> None:
     assert refused.exit_code == 1 and "train first" in refused.stderr and "Traceback" not in refused.output
 
 
-def model_of(cell: str, layers: int = 2) -> RecurrentModel:
+def model_of(cell: str, layers: int = 2, **between: bool) -> RecurrentModel:
     torch.manual_seed(0)
-    return RecurrentModel(ModelConfig("language-model", cell, layers, 6, embedding=4, vocabulary=9)).eval()
+    return RecurrentModel(ModelConfig("language-model", cell, layers, 6, embedding=4, vocabulary=9, **between)).eval()
 
 
+@pytest.mark.parametrize("between", [{}, {"norm": True}, {"skip": True}, {"norm": True, "skip": True}])
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_the_gates_lead_to_the_models_own_memory(cell: str) -> None:
-    model = model_of(cell)
+def test_the_gates_lead_to_the_models_own_memory(cell: str, between: dict[str, bool]) -> None:
+    model = model_of(cell, layers=3, **between)
     symbols = torch.randint(0, 9, (12,))
     found = gates(model, symbols)
     _, state = model(symbols[:, None], model.initial_state(1))

@@ -62,16 +62,17 @@ def gates(model: RecurrentModel, inputs: Tensor) -> Gates:
     cell = model.config.cell
     if cell not in CELLS:
         raise LacksError(f"the cell {cell} has no gates")
-    below = model.encoded(inputs[:, None], model.initial_state(1))[0][:, 0]
-    try:
-        for layer in range(model.config.layers):
-            found, below = CELLS[cell](model, layer, below)
-    except AttributeError:
-        raise LacksError("this model's layers are not plain ones") from None
+    if model.config.bidirectional:
+        raise LacksError("this model's layers run both ways")
+    config = model.config
+    below = stream = model.encoded(inputs[:, None], model.initial_state(1))[0][:, 0]
+    for layer in range(config.layers):
+        found, hidden = CELLS[cell](model, layer, below)
+        stream = stream + hidden if config.skip and layer else hidden
+        below = model.rnn.norm(layer)(stream) if config.norm else stream
     _, state = model(inputs[:, None], model.initial_state(1))
-    h = state[0][-1, 0]
-    if not torch.allclose(below[-1], h, atol=1e-3):
-        raise LacksError("this model's layers are not plain ones")
+    if not torch.allclose(hidden[-1], state[0][-1, 0], atol=1e-3):
+        raise LacksError("what the weights say is not what the model remembers")
     return found
 
 
