@@ -146,9 +146,9 @@ class Wire(HttpToolsProtocol):
         """A step has begun whose request was not parsed."""
 
     def _remember(self, head: bytes, length: int) -> None:
-        """The data was one request, and a plain step: so is any that differs in the session and the body alone."""
-        said = dict(self.headers)
-        if int(said[b"content-length"]) == length:
+        """A plain step, if its data was one request: so is any that differs in the session and the body alone."""
+        said = dict(self.headers)  # those of the last one, if there are several
+        if said.get(b"content-length") == b"%d" % length:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known[head] = (length, said.get(b"authorization"))

@@ -140,6 +140,16 @@ def test_a_known_head_may_be_followed_by_anything(connection: Connection, name: 
     assert connection.closed()
 
 
+def test_a_step_whose_head_is_new_may_be_followed_by_anything(connection: Connection, name: str) -> None:
+    others = (b"GET /healthz HTTP/1.1\r\nHost: here\r\n\r\n", post(f"{name}-b", BODY, b"X-Other: 1\r\n"))
+    connection.send(post(name, BODY))
+    assert position(connection) == 1
+    for i, other in enumerate(others, 2):
+        connection.send(post(name, BODY, b"X-New: %d\r\n" % i) + other)
+        assert position(connection) == i
+        assert connection.answer()[0] == 200
+
+
 def test_a_known_head_is_no_longer_than_a_head_may_be(fresh: MakeServer, name: str) -> None:
     """What is refused when it is read must be refused when the rest of it is known."""
     server = fresh(max_header_bytes=1024).start()
