@@ -20,8 +20,8 @@ import onnxruntime
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from service import state
-from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec
+from service import pool, state
+from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec, Window
 from service.state import Array, Row
 
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
@@ -42,10 +42,13 @@ onnxruntime.disable_telemetry_events()
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """What a call gives: outputs [T, B, ...] by name, and each row's next state, which shares the batch's memory."""
+    """What a call gives: outputs [T, B, ...] by name, and each row's next state.
+
+    The rows of a fold are slots of a pool, those of a roll-out share the batch's memory.
+    """
 
     outputs: dict[str, Array]
-    rows: list[Row]
+    rows: Sequence[Row]
     finite: bool = True
     """whether every number of outputs and states is finite; if not, some rows' are not"""
     seconds: float = 0.0
@@ -63,7 +66,10 @@ class Runner:
         self._names = [spec.name for spec in self.manifest.outputs]
         self._fetch = self._names + [spec.output for spec in self.manifest.states]
         self._fed = [spec.input for spec in self.manifest.states]
-        self._folding, self._rolling = _Last(self.manifest.states), _Last(self.manifest.states)
+        self._rolling = _Last(self.manifest.states)
+        # What a windowed session remembers is more than the graph's states: its rows are put together elsewhere.
+        is_whole = not isinstance(self.manifest.memory, Window)
+        self._pool = pool.Pool(self.manifest.states, self.manifest.outputs) if is_whole else None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"ahead-{self.manifest.name}")
         if threads == "auto" and len(os.sched_getaffinity(0)) > 1 and self._takes_long():
             self._session = _open(bundle.graph, 2)
@@ -71,23 +77,28 @@ class Runner:
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
-        return self._folded(*self._timed(entries, self._folding.states_of(rows)))
+        return self._fold(entries, rows)
 
     def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
         """Begin the same in another thread; what is begun is run one after another."""
-        return self._beside.submit(self._timed, entries, self._folding.states_of(rows))
+        return self._beside.submit(self._fold, entries, rows)
 
     def end(self, begun: Begun) -> Folded:
         """Wait for what was begun."""
-        return self._folded(*begun.result())
+        folded: Folded = begun.result()
+        return folded
 
-    def _timed(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array], float]:
+    def _fold(self, entries: Array, rows: Sequence[Row]) -> Folded:
+        """Gather, run and keep in one thread: what one core has just written costs another one dear."""
+        states = pool.stack(self.manifest.states, rows)
         began = perf_counter()
-        return *self._call(entries, states), perf_counter() - began
-
-    def _folded(self, outputs: list[Array], states: list[Array], seconds: float) -> Folded:
-        finite = self._finite((*outputs, *states))
-        return Folded(self._named(outputs), self._folding.take(states), finite, seconds)
+        outputs, states = self._call(entries, states)
+        seconds = perf_counter() - began
+        named = self._named(outputs)
+        last = {name: array[-1] for name, array in named.items()}
+        kept = self._pool.keep(states, last, len(rows)) if self._pool is not None else None
+        after = kept if kept is not None else state.unstack(self.manifest.states, states)
+        return Folded(named, after, self._finite((*outputs, *states)), seconds)
 
     def roll(
         self, entries: Array, rows: Sequence[Row], steps: Iterable[int], draw: Draw, ahead: bool = False
@@ -186,7 +197,7 @@ class _Last:
 
     def states_of(self, rows: Sequence[Row]) -> list[Array]:
         """The rows' states as a batch."""
-        return self._states if self._is(rows) else state.stack(self._specs, rows)
+        return self._states if self._is(rows) else pool.stack(self._specs, rows)
 
     def early(self, rows: Sequence[Row], entries: Array) -> Future[Called] | None:
         """The call that was begun with these rows and entries, if there is one."""
@@ -315,7 +326,7 @@ def check_close(name: str, found: Array, expected: Array, tolerance: float) -> N
 
 
 def _chunks_agree(runner: Runner, entries: Array, whole: Folded) -> bool:
-    rows = [state.initial_row(runner.manifest.states)] * entries.shape[1]
+    rows: Sequence[Row] = [state.initial_row(runner.manifest.states)] * entries.shape[1]
     for t in range(len(entries)):
         step = runner.run(entries[t : t + 1], rows)
         if not all(equal(array[0], whole.outputs[name][t]) for name, array in step.outputs.items()):

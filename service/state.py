@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from service.bundle import DTYPES, StateSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Row = tuple[Array, ...]
+Row = Sequence[Array]
 
 
 class _Header(msgspec.Struct):
@@ -59,11 +59,6 @@ def unstack(specs: Sequence[StateSpec], batch: Sequence[Array]) -> list[Row]:
 def _rows(array: Array) -> list[Array]:
     # What a list makes of one axis are numbers, no arrays.
     return list(array) if array.ndim > 1 else [array[i, ...] for i in range(len(array))]
-
-
-def kept(arrays: Sequence[Array]) -> list[Array]:
-    """Copies in memory of their own, none of which gives the GIL away as `copy` would."""
-    return [np.ndarray(array.shape, array.dtype, array.tobytes()) for array in arrays]
 
 
 def own(row: Row) -> Row:

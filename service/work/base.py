@@ -16,6 +16,7 @@ import numpy as np
 from service import state, tracing
 from service.bundle import Manifest
 from service.errors import Problem, not_ready
+from service.pool import Slot
 from service.state import Array, Row
 from service.store.base import (
     Applied,
@@ -59,13 +60,18 @@ class Resident(msgspec.Struct, frozen=True):
     folded: int
     tail: Array
     """the entries folded + 1 to position: at most the last sampled one, or what a wake-up has to fold"""
-    output: Output | None
-    """the outputs at position `folded`"""
+    said: Output | Slot | None
+    """what has the outputs at position `folded`"""
     last: Array | None
     """the newest entry of the log"""
     snapshot_at: int
     behind: tuple[int, Row] | None = None
     """(position, state) before the newest chunk, when more than PARK_AFTER entries follow the last snapshot"""
+
+    @property
+    def output(self) -> Output | None:
+        """The outputs at position `folded`."""
+        return self.said.output if isinstance(self.said, Slot) else self.said
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,11 +424,12 @@ class SessionWork(Work):
         behind = self._behind if self.at - self._snapshot_at > PARK_AFTER else None
         tail = self.entries[self.cursor :]
         if self.finished:  # what stays in memory for long keeps no batch
-            self.row, tail = state.own(self.row), state.owned(tail)
+            self.row, tail = own(self.row), state.owned(tail)
             if self.output:
                 self.output = {name: state.owned(array) for name, array in self.output.items()}
-            behind = (behind[0], state.own(behind[1])) if behind is not None else None
-        self.base = Resident(head, self.row, self.at, tail, self.output, last, self._snapshot_at, behind)
+            behind = (behind[0], own(behind[1])) if behind is not None else None
+        said = self.row if isinstance(self.row, Slot) and self.output else self.output
+        self.base = Resident(head, self.row, self.at, tail, said, last, self._snapshot_at, behind)
         self.new, self._noted = None, {}
         return self.base
 
@@ -437,6 +444,11 @@ def begun(host: Host, at: Head | NewSession) -> Resident:
         return host.resident(at)
     head = new_head(at, host.manifest, host.next_epoch(at.key))
     return Resident(head, host.initial_row, 0, host.codec.none(), None, None, 0)
+
+
+def own(row: Row) -> Row:
+    """The row in memory of its own, or in its slot."""
+    return row if isinstance(row, Slot) else state.own(row)
 
 
 def all_finite(outputs: Output) -> bool:

@@ -8,10 +8,11 @@ import numpy as np
 
 from service import state, tracing
 from service.errors import Problem, not_ready
+from service.pool import Slot
 from service.state import Array, Row
 from service.store.base import Applied, Commit, Head, Key, Result, Segment
 from service.tasks import Output
-from service.work.base import PARK_AFTER, Host, NewSession, Resident, Work, all_finite, begun, numeric_fault
+from service.work.base import PARK_AFTER, Host, NewSession, Resident, Work, all_finite, begun, numeric_fault, own
 from service.work.events import Column, Event, Failed, Listener, LostRace
 from service.work.feed import Feed, abandoned
 
@@ -172,18 +173,21 @@ class Feeds(Work):
 
     def _before(self, name: str) -> Array:
         """What was said of a name before this step; NaN where nothing was."""
+        said = [base.said for base in self._bases]
+        slots = [one for one in said if isinstance(one, Slot)]
+        if len(slots) == len(said):
+            return slots[0].pool.output(name, slots)
         nothing = np.full_like(self._outputs[name][0], np.nan)
-        return np.array([base.output[name] if base.output is not None else nothing for base in self._bases])
+        before = (base.output for base in self._bases)
+        return np.array([output[name] if output is not None else nothing for output in before])
 
     def _residents(self, heads: Sequence[Head]) -> Iterable[Resident]:
-        """The sessions as they are in memory now, each in arrays of its own."""
-        none, names = self._host.codec.none(), list(self._outputs)
-        states = zip(*(state.kept(column) for column in zip(*self._after, strict=True)), strict=True)
-        outputs = zip(*(state.kept(list(array)) for array in self._outputs.values()), strict=True)
-        for head, base, row, last, said in zip(heads, self._bases, states, self.entries, outputs, strict=True):
+        """The sessions as they are in memory now, none of which keeps the batch."""
+        none = self._host.codec.none()
+        for i, (head, base, row, last) in enumerate(zip(heads, self._bases, self._after, self.entries, strict=True)):
             behind = (base.folded, base.row) if base.folded + 1 - base.snapshot_at > PARK_AFTER else None
-            output = dict(zip(names, said, strict=True))
-            yield Resident(head, row, base.folded + 1, none, output, last, base.snapshot_at, behind)
+            said = row if isinstance(row, Slot) else {name: array[i].copy() for name, array in self._outputs.items()}
+            yield Resident(head, own(row), base.folded + 1, none, said, last, base.snapshot_at, behind)
 
     def halt(self) -> None:
         """Let those go that nobody waits for; the others go on."""

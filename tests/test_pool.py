@@ -1,0 +1,86 @@
+"""What is kept in a pool is what comes out of it, whoever comes and goes in between."""
+
+import threading
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_state import SPECS, random_row, same
+
+from service import pool, state
+from service.bundle import TensorSpec
+from service.pool import Pool, Slot
+
+OUTPUTS = [TensorSpec(name="logits", dtype="float32", shape=("T", "B", 5))]
+
+
+def keep(kept: Pool, seeds: list[int]) -> list[Slot]:
+    outputs = np.array([[seed] * 5 for seed in seeds], "<f4")
+    found = kept.keep(state.stack(SPECS, [random_row(seed) for seed in seeds]), {"logits": outputs}, len(seeds))
+    assert found is not None
+    return found
+
+
+@given(
+    rounds=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12, unique=True), min_size=1, max_size=12),
+    first=st.sampled_from([1, 400, 5000]),
+)
+@settings(max_examples=60, deadline=None)
+def test_sessions_that_come_and_go_keep_what_is_theirs(rounds: list[list[int]], first: int) -> None:
+    """Each round steps some of the sessions, which lets go of their slots of before."""
+    kept, held = Pool(SPECS, OUTPUTS, first), dict[int, tuple[int, Slot]]()
+    for number, sessions in enumerate(rounds):
+        seeds = [100 * number + session for session in sessions]
+        for session, seed, slot in zip(sessions, seeds, keep(kept, seeds), strict=True):
+            held[session] = (seed, slot)
+        known = list(held.values())
+        batch = state.unstack(SPECS, kept.gather([slot for _, slot in known]))
+        said = kept.output("logits", [slot for _, slot in known])
+        for (seed, slot), row, output in zip(known, batch, said, strict=True):
+            assert same(row, random_row(seed)) and same(slot, random_row(seed)) and same(slot[1:], random_row(seed)[1:])
+            assert output.tolist() == slot.output["logits"].tolist() == [seed] * 5
+    numbers = [slot.number for _, slot in held.values()]
+    assert sorted([*numbers, *kept.free]) == list(range(len(numbers) + len(kept.free)))
+
+
+@given(where=st.lists(st.sampled_from(["here", "elsewhere", "own"]), min_size=1, max_size=9))
+@settings(max_examples=40, deadline=None)
+def test_rows_of_every_kind_make_one_batch(where: list[str]) -> None:
+    here, elsewhere = Pool(SPECS, OUTPUTS), Pool(SPECS, OUTPUTS)
+    rows: list[state.Row] = [
+        random_row(i) if kind == "own" else keep(here if kind == "here" else elsewhere, [i])[0]
+        for i, kind in enumerate(where)
+    ]
+    batch = state.unstack(SPECS, pool.stack(SPECS, rows))
+    assert all(same(row, random_row(i)) for i, row in enumerate(batch))
+
+
+def test_outputs_that_are_not_as_the_manifest_says_are_not_kept() -> None:
+    kept = Pool(SPECS, OUTPUTS)
+    states = state.stack(SPECS, [random_row(1)])
+    for wrong in (np.zeros((1, 6), "<f4"), np.zeros((1, 5), "<f8"), np.zeros((1, 5, 1), "<f4")):
+        assert kept.keep(states, {"logits": wrong}, 1) is None
+
+
+def test_slots_may_be_let_go_of_in_any_thread() -> None:
+    kept, stop = Pool(SPECS, OUTPUTS, 5000), threading.Event()
+    bins: list[list[Slot]] = []
+
+    def let_go() -> None:
+        while not stop.is_set():
+            bins.clear()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    try:
+        held = [keep(kept, list(range(i, i + 7))) for i in range(20)]
+        for i in range(300):
+            new = keep(kept, [i] * 5)
+            bins.append(new)
+    finally:
+        stop.set()
+        thread.join()
+    bins.clear()
+    assert all(same(slot, random_row(i + j)) for i, slots in enumerate(held) for j, slot in enumerate(slots))
+    numbers = [slot.number for slots in held for slot in slots]
+    assert len({*numbers, *kept.free}) == len(numbers) + len(kept.free)
