@@ -209,9 +209,10 @@ class Registry:
 
     def of(self, head: Head) -> Model:
         """The model version that a session is pinned to, by its graph's checksum."""
-        if not self.has(head):
+        model = self._models.get(head.model, {}).get(head.version)
+        if model is None or model.bundle.manifest.graph_sha256 != head.graph:
             raise not_ready(f"{head.model} version {head.version}, which the session was begun with, is not loaded")
-        return self._models[head.model][head.version]
+        return model
 
     def has(self, head: Head) -> bool:
         """Whether the model version that a session is pinned to is loaded."""

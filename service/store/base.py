@@ -367,14 +367,12 @@ def stamp(commit: Commit, stored: Head | None, now: int) -> Commit:
         commit,
         head=head,
         segments=tuple([msgspec.structs.replace(one, at_ms=((one.count, now),)) for one in commit.segments]),
-        reply=_stamped_reply(commit.reply, head, now),
+        reply=_stamped_reply(commit.reply, head, now) if commit.reply is not None else None,
         left=left,
     )
 
 
-def _stamped_reply(reply: Reply | None, head: Head, now: int) -> Reply | None:
-    if reply is None:
-        return None
+def _stamped_reply(reply: Reply, head: Head, now: int) -> Reply:
     life = head.life if reply.scope else 0
     shown = head if reply.kind in ("session", "generate") else None
     return msgspec.structs.replace(reply, at_ms=now, life=life, head=shown)

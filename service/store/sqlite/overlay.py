@@ -25,9 +25,9 @@ class Unspread:
         self.head, self.seq = commit.head, seq
         self.segments += commit.segments
         self.snapshots += commit.snapshots
-        written = {one.branch for one in commit.segments} | {one.branch for one in commit.snapshots}
-        fresh = written - self.branches
-        self.branches.update(fresh)
+        written = [one.branch for one in commit.segments] + [one.branch for one in commit.snapshots]
+        fresh = {branch for branch in written if branch not in self.branches}
+        self.branches |= fresh
         return fresh
 
 
@@ -40,16 +40,17 @@ class Moves:
     """branch -> after which position its session's log begins, where that is not 0"""
     ended: set[str] = field(default_factory=set)
 
-    def add(self, commit: Commit, stored: Head | None) -> None:
-        """Take a commit in; `stored` is the head before it, None when that is not known."""
+    def add(self, commit: Commit, before: Callable[[Key], Head | Unread | None] | None) -> None:
+        """Take a commit in; `before` knows the head before it."""
         head = commit.head
         if commit.left:
             self.ended.add(commit.left)
         if commit.branch is not None and commit.branch.line:
             self.begun[commit.branch.id] = commit.branch.line
-        known = stored is not None and (stored.branch, stored.origin) == (head.branch, head.origin)
-        if head.status == "live" and head.origin and not known:
-            self.origins[head.branch] = head.origin
+        if head.status == "live" and head.origin:
+            stored = before(head.key) if before is not None else None
+            if not isinstance(stored, Head) or (stored.branch, stored.origin) != (head.branch, head.origin):
+                self.origins[head.branch] = head.origin
 
 
 class Overlay:
@@ -70,7 +71,7 @@ class Overlay:
     def take(self, seq: int, batch: Batch) -> None:
         """Take in what was written to the journal just now."""
         for commit in batch.commits:
-            self.moves.add(commit, self.known(commit.head.key))
+            self.moves.add(commit, self.known)
             self._remember(commit, seq)
         self._take_rest(seq, batch)
 
@@ -97,9 +98,9 @@ class Overlay:
         entry = self.sessions.get(key)
         if entry is None:
             entry = self.sessions[key] = Unspread(commit.head, seq)
+            self._cache.pop(key, None)
         for branch in entry.add(commit, seq):
             self._writers.setdefault(branch, {})[key] = entry
-        self._cache.pop(key, None)
 
     def _add_reply(self, tenant: str, reply: Reply) -> None:
         key = reply_key(tenant, reply)
@@ -119,18 +120,12 @@ class Overlay:
             if not self._writers[branch]:
                 del self._writers[branch]
 
-    def knows(self, key: Key) -> bool:
-        """Whether the stored head is in memory, or that there is none."""
-        return key in self.sessions or key in self._cache
-
-    def known(self, key: Key) -> Head | None:
-        """The stored head if it is in memory: what is asked after a write must not fail."""
-        entry = self.sessions.get(key)
-        if entry is not None:
-            return entry.head
+    def known(self, key: Key) -> Head | Unread | None:
+        """The stored head if it is in memory, which it is for longer when it is asked for."""
+        head = self.peek(key)
         if key in self._cache:
             self._cache.move_to_end(key)
-        return self._cache.get(key)
+        return head
 
     def peek(self, key: Key) -> Head | Unread | None:
         """The stored head if it is in memory; right without a lock, because what is newer lies in front."""

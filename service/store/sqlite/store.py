@@ -173,7 +173,9 @@ class SqliteStore:
         heads: dict[Key, Head] = {}
         replies = self._replies_of(commits)
         for commit in commits:
-            stored, source = self._heads_of(commit, heads)
+            key = commit.head.key
+            stored = heads.get(key) or self._stored(key)
+            source = self._source_of(commit, heads) if commit.source is not None else None
             taken = replies.get(reply_key(commit.head.tenant, commit.reply)) if commit.reply is not None else None
             if not holds(commit, stored, source, self._counting(taken, stored, now), now):
                 results.append(Conflict(stored.at(now) if stored is not None else None))
@@ -181,19 +183,16 @@ class SqliteStore:
             new = stamp(commit, stored, now)
             stamped.append(new)
             results.append(Applied(new.head))
-            heads[new.head.key] = new.head
+            heads[key] = new.head
             if new.reply is not None:
                 replies[reply_key(new.head.tenant, new.reply)] = new.reply
         return results, stamped
 
-    def _heads_of(self, commit: Commit, heads: dict[Key, Head]) -> tuple[Head | None, Head | None]:
-        """The stored heads of a commit and of its source, those of the same group before all."""
-        key = commit.head.key
-        stored = heads.get(key) or self._stored(key)
-        if commit.source is None:
-            return stored, None
+    def _source_of(self, commit: Commit, heads: dict[Key, Head]) -> Head | None:
+        """The stored head of a commit's source, one of the same group before all."""
+        assert commit.source is not None
         parent = (commit.head.tenant, commit.source.id)
-        return stored, heads.get(parent) or self._stored(parent)
+        return heads.get(parent) or self._stored(parent)
 
     def _write(self, batch: Batch) -> None:
         seq = self._overlay.seq + 1
@@ -260,10 +259,10 @@ class SqliteStore:
     # ------------------------------------------------------------------ reading a session
 
     def _stored(self, key: Key) -> Head | None:
-        if self._overlay.knows(key):
-            return self._overlay.known(key)
-        head = self._tables.head(key)
-        self._overlay.hold(key, head)
+        head = self._overlay.known(key)
+        if head is UNREAD:
+            head = self._tables.head(key)
+            self._overlay.hold(key, head)
         return head
 
     def head(self, key: Key, at_ms: int | None = None) -> Head | None:
