@@ -20,8 +20,8 @@ from service.state import Array, Row
 FIRST_BYTES = 64 * 2**20
 """of the first block: address space until they are written"""
 
-Places = list[tuple[int, Any, Array]]
-"""Where slots are: (block, which of the batch, where in the block)"""
+Places = list[tuple[int, Any, int | Array]]
+"""Where slots are: (block, which of the batch, where in the block); a number for a slot that is alone"""
 
 
 class Slot(Sequence[Array]):
@@ -55,8 +55,7 @@ class Slot(Sequence[Array]):
         return {name: self._one(tensor) for name, tensor in self.pool.outputs.items()}
 
     def _one(self, tensor: "Tensor") -> Array:
-        array = tensor.gather(self.pool.places([self.number]), 1)
-        return array.reshape(tensor.shape)
+        return tensor.gather(self.pool.places([self.number]), 1).reshape(tensor.shape)
 
 
 class Tensor:
@@ -88,21 +87,27 @@ class Tensor:
         return batch.shape == self._shape(batch.shape[self.axis]) and batch.dtype == self.dtype
 
     def gather(self, places: Places, count: int) -> Array:
-        """The batch [..., count, ...] of the slots at `places`."""
+        """The batch [..., count, ...] of the slots at `places`, in copies."""
         if len(places) == 1:
             block, _, at = places[0]
-            pieces = self._blocks[block][at * self._parts + self._within]
+            pieces = self._blocks[block][self._pieces_at(at)]
+            pieces = pieces.copy() if count == 1 else pieces
         else:
             pieces = np.empty((self._parts, count), self._piece)
             for block, which, at in places:
-                pieces[:, which] = self._blocks[block][at * self._parts + self._within]
+                pieces[:, which] = self._blocks[block][self._pieces_at(at)]
         return pieces.view(self.dtype).reshape(self._shape(count))
 
     def scatter(self, places: Places, batch: Array) -> None:
         """Inverse of `gather`."""
         pieces = np.ascontiguousarray(batch).reshape(-1).view(self._piece).reshape(self._parts, -1)
         for block, which, at in places:
-            self._blocks[block][at * self._parts + self._within] = pieces[:, which]
+            self._blocks[block][self._pieces_at(at)] = pieces[:, which]
+
+    def _pieces_at(self, at: int | Array) -> slice | Array:
+        if isinstance(at, int):
+            return slice(at * self._parts, (at + 1) * self._parts)
+        return at * self._parts + self._within
 
     def _shape(self, count: int) -> tuple[int, ...]:
         return (*self.shape[: self.axis], count, *self.shape[self.axis :])
@@ -162,6 +167,9 @@ class Pool:
 
     def places(self, numbers: Sequence[int]) -> Places:
         """Where slots are: block 0 has the first ones, each other block as many as all before it."""
+        if len(numbers) == 1:
+            block = (numbers[0] // self._first).bit_length()
+            return [(block, 0, numbers[0] - self._begin(block))]
         array = np.array(numbers)
         if max(numbers) < self._first:
             return [(0, slice(None), array)]
@@ -169,8 +177,11 @@ class Pool:
         found: Places = []
         for block in np.unique(blocks).tolist():
             which = np.flatnonzero(blocks == block)
-            found.append((block, which, array[which] - (self._first << block - 1 if block else 0)))
+            found.append((block, which, array[which] - self._begin(block)))
         return found
+
+    def _begin(self, block: int) -> int:
+        return self._first << block - 1 if block else 0
 
 
 def stack(specs: Sequence[StateSpec], rows: Sequence[Row]) -> list[Array]:
