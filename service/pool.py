@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from math import prod
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from threading import Lock
 from typing import Any, overload
 
 import numpy as np
@@ -114,7 +115,7 @@ class Tensor:
 
 
 class Pool:
-    """The slots of one model. They are taken by one thread, and let go of by any."""
+    """The slots of one model, for any thread."""
 
     def __init__(
         self, states: Sequence[StateSpec], outputs: Sequence[TensorSpec], first_bytes: int = FIRST_BYTES
@@ -122,6 +123,7 @@ class Pool:
         self.states = [Tensor(spec.row_shape, spec.stack_axis, DTYPES[spec.dtype]) for spec in states]
         self.outputs = {spec.name: Tensor(spec.row_shape, 0, DTYPES[spec.dtype]) for spec in outputs}
         self.free: deque[int] = deque()
+        self._taking = Lock()
         self._slots = 0
         """in all blocks"""
         self._first = max(1, first_bytes // max(1, sum(tensor.nbytes for tensor in self._tensors())))
@@ -136,9 +138,10 @@ class Pool:
         pairs += [(self.outputs[name], array) for name, array in outputs.items()]
         if not all(tensor.fits(batch) for tensor, batch in pairs):
             return None
-        while len(self.free) < count:
-            self._grow()
-        numbers = [self.free.pop() for _ in range(count)]
+        with self._taking:
+            while len(self.free) < count:
+                self._grow()
+            numbers = [self.free.pop() for _ in range(count)]
         places = self.places(numbers)
         for tensor, batch in pairs:
             tensor.scatter(places, batch)

@@ -1,6 +1,9 @@
 """What is kept in a pool is what comes out of it, whoever comes and goes in between."""
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from hypothesis import given, settings
@@ -62,25 +65,30 @@ def test_outputs_that_are_not_as_the_manifest_says_are_not_kept() -> None:
         assert kept.keep(states, {"logits": wrong}, 1) is None
 
 
-def test_slots_may_be_let_go_of_in_any_thread() -> None:
-    kept, stop = Pool(SPECS, OUTPUTS, 5000), threading.Event()
-    bins: list[list[Slot]] = []
+def come_and_go(kept: Pool, start: threading.Barrier, thread: int) -> list[tuple[int, Slot]]:
+    """Take from the pool and let go of every other batch; returns the others with their seeds."""
+    found: list[tuple[int, Slot]] = []
+    start.wait()
+    for i in range(6):
+        seeds = [1000 * thread + 10 * i + j for j in range(4)]
+        slots = keep(kept, seeds)
+        if i % 2:
+            found.extend(zip(seeds, slots, strict=True))
+    return found
 
-    def let_go() -> None:
-        while not stop.is_set():
-            bins.clear()
 
-    thread = threading.Thread(target=let_go)
-    thread.start()
+def test_slots_may_be_taken_and_let_go_of_in_any_thread() -> None:
+    """Pools that grow from one slot on, with three threads at each."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     try:
-        held = [keep(kept, list(range(i, i + 7))) for i in range(20)]
-        for i in range(300):
-            new = keep(kept, [i] * 5)
-            bins.append(new)
+        for _ in range(40):
+            kept = Pool(SPECS, OUTPUTS, 1)
+            with ThreadPoolExecutor(3) as threads:
+                told = list(threads.map(partial(come_and_go, kept, threading.Barrier(3)), range(3)))
+            found = [one for of in told for one in of]
+            assert len(found) == 36 and all(same(slot, random_row(seed)) for seed, slot in found)
+            numbers = [slot.number for _, slot in found]
+            assert sorted([*numbers, *kept.free]) == list(range(len(numbers) + len(kept.free)))
     finally:
-        stop.set()
-        thread.join()
-    bins.clear()
-    assert all(same(slot, random_row(i + j)) for i, slots in enumerate(held) for j, slot in enumerate(slots))
-    numbers = [slot.number for slots in held for slot in slots]
-    assert len({*numbers, *kept.free}) == len(numbers) + len(kept.free)
+        sys.setswitchinterval(before)
