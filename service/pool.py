@@ -77,11 +77,14 @@ class Tensor:
         """Bytes of one session's."""
         return self._parts * self._piece.itemsize
 
-    def grow(self, slots: int) -> None:
-        """Add a block."""
+    def block(self, slots: int) -> Array:
+        """Memory of so many sessions; raises OSError when there is none."""
         # NumPy would ask for huge pages: on a virtual machine copies took three times as long with them.
-        memory = mmap(-1, slots * self.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
-        self._blocks.append(np.frombuffer(memory, self._piece))
+        return np.frombuffer(mmap(-1, slots * self.nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS), self._piece)
+
+    def add(self, block: Array) -> None:
+        """Go on in a block more."""
+        self._blocks.append(block)
 
     def fits(self, batch: Array) -> bool:
         """Whether a batch is of this tensor's shape and type."""
@@ -142,15 +145,17 @@ class Pool:
             while len(self.free) < count:
                 self._grow()
             numbers = [self.free.pop() for _ in range(count)]
+        slots = [Slot(self, number) for number in numbers]  # free again if what follows fails
         places = self.places(numbers)
         for tensor, batch in pairs:
             tensor.scatter(places, batch)
-        return [Slot(self, number) for number in numbers]
+        return slots
 
     def _grow(self) -> None:
         more = self._slots or self._first
-        for tensor in self._tensors():
-            tensor.grow(more)
+        blocks = [(tensor, tensor.block(more)) for tensor in self._tensors()]
+        for tensor, block in blocks:  # all of them or none
+            tensor.add(block)
         self.free.extendleft(range(self._slots, self._slots + more))  # the first ones are taken first
         self._slots += more
 

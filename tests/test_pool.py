@@ -1,11 +1,16 @@
 """What is kept in a pool is what comes out of it, whoever comes and goes in between."""
 
+import itertools
+import mmap
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_state import SPECS, random_row, same
@@ -63,6 +68,25 @@ def test_outputs_that_are_not_as_the_manifest_says_are_not_kept() -> None:
     states = state.stack(SPECS, [random_row(1)])
     for wrong in (np.zeros((1, 6), "<f4"), np.zeros((1, 5), "<f8"), np.zeros((1, 5, 1), "<f4")):
         assert kept.keep(states, {"logits": wrong}, 1) is None
+
+
+def test_memory_that_can_not_be_had_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, asked = Pool(SPECS, OUTPUTS, 1), itertools.count()
+
+    def scarce(*given: Any, **more: Any) -> mmap.mmap:  # noqa: ANN401 (mmap's own)
+        if next(asked) % 7 == 2:
+            raise OSError("no memory")
+        return mmap.mmap(*given, **more)
+
+    monkeypatch.setattr(pool, "mmap", scarce)
+    held: list[tuple[int, Slot]] = []
+    for i in range(30):
+        seeds = [10 * i + j for j in range(3)]
+        with suppress(OSError):
+            held += zip(seeds, keep(kept, seeds), strict=True)
+    assert 0 < len(held) < 90 and all(same(slot, random_row(seed)) for seed, slot in held)
+    numbers = [slot.number for _, slot in held]
+    assert sorted([*numbers, *kept.free]) == list(range(len(numbers) + len(kept.free)))
 
 
 def come_and_go(kept: Pool, start: threading.Barrier, thread: int) -> list[tuple[int, Slot]]:
