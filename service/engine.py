@@ -25,7 +25,7 @@ from service.scheduler import Batch, Scheduler
 from service.state import Array, Row
 from service.store.base import (
     Applied,
-    Commit,
+    Change,
     Head,
     Key,
     Line,
@@ -460,7 +460,7 @@ class Engine:
                     self._hold(key, resident)
             _count(results)
 
-    def _committed(self, due: Sequence[Commit], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
+    def _committed(self, due: Sequence[Change], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
         try:
             return list(self._store.commit(due, parking))
         except StoreError as error:

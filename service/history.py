@@ -10,10 +10,11 @@ import msgspec
 from service import state
 from service.bundle import Manifest, Window
 from service.errors import Problem
+from service.feeding import head_of
 from service.registry import Model
 from service.run import Race, moved, tokens_of
 from service.sampling import MAX_SEED
-from service.session import Sessions, head_of, must_stream, new_seed
+from service.session import Sessions, must_stream, new_seed
 from service.state import Array, Row
 from service.store.base import (
     Branch,

@@ -21,7 +21,7 @@ MAX_SHOWN = 250_000
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """One loaded version of a model."""
 
@@ -209,15 +209,15 @@ class Registry:
 
     def of(self, head: Head) -> Model:
         """The model version that a session is pinned to, by its graph's checksum."""
-        model = self._models.get(head.model, {}).get(head.version)
-        if model is None or model.bundle.manifest.graph_sha256 != head.graph:
+        model = self.find(head)
+        if model is None:
             raise not_ready(f"{head.model} version {head.version}, which the session was begun with, is not loaded")
         return model
 
-    def has(self, head: Head) -> bool:
-        """Whether the model version that a session is pinned to is loaded."""
+    def find(self, head: Head) -> Model | None:
+        """The same, or None when it is not loaded."""
         model = self._models.get(head.model, {}).get(head.version)
-        return model is not None and model.bundle.manifest.graph_sha256 == head.graph
+        return model if model is not None and model.bundle.manifest.graph_sha256 == head.graph else None
 
     def with_graph(self, name: str, graph: str) -> Model:
         """The version of a model that has this graph; raises Problem when none that is loaded has."""

@@ -6,40 +6,34 @@ reads, forecasts and states see the newest committed position and wait for nobod
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import msgspec
-import structlog
 
-from service import metrics, tracing
+from service import metrics
 from service.engine import Engine
 from service.errors import Problem, invalid, not_ready
+from service.feeding import Ending, Fed, Feeding, Gathering, Inputs, Outbox, Told, done_of, fits_together
 from service.registry import Model, Registry
 from service.replies import Replies
 from service.run import Race, Reader, Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array, Row
-from service.store.base import UNREAD, Commit, Conflict, Generation, Head, Key, Store, tombstone
-from service.turns import Place, Turn
+from service.store.base import UNREAD, Commit, Conflict, Generation, Head, Key, Store, abandoned, now_ms, tombstone
+from service.turns import Place, Turn, leave
 from service.work.base import NewSession, Work, new_head
-from service.work.events import Column, Done, Event, Failed, Listener, LostRace, Token
-from service.work.feed import Feed, KeptAnswer, Keyed, Predict, Whole, abandoned
+from service.work.events import Done, Event, Listener, Token
+from service.work.feed import Feed, Keyed, Predict, Whole
 from service.work.feeds import Feeds
 from service.work.forecast import Forecast, Path
 from service.work.generate import MAX_TOKENS_KEPT, Generate, reply_of
 from service.work.migrate import session_reply
 
-log = structlog.get_logger(__name__)
-
 P = ParamSpec("P")
 T = TypeVar("T")
-
-SHOWN_TOGETHER = 4096
-"""numbers of a session's output: of more the predictions are worked out one session after another"""
 
 MAX_WHOLE = 65_536
 """steps of a sequence that can not be cut into calls"""
@@ -72,206 +66,13 @@ class Opening(msgspec.Struct, frozen=True):
     """whether the session must live already (True) or must not (False); None: either will do"""
 
 
-class Inputs(msgspec.Struct, frozen=True):
-    """A sequence to feed, and what its answer shows."""
+class Step(Protocol):
+    """What a request says of one step: which session, and where that is believed to stand."""
 
-    given: object
-    shown: Literal["last", "all", "none", "outputs"] = "last"
-    """outputs: those of every step, as the graph gave them, and no predictions"""
-    alternatives: int = 5
-    kept: Callable[[Model], KeptAnswer] | None = None
-    closes: bool = False
-    """the session is closed in the same commit"""
-
-    def check(self, model: Model, steps: int) -> None:
-        """Raise Problem when the answer would be too large."""
-        if steps == 1 or self.shown != "all":
-            return
-        most = model.most_steps(self.alternatives)
-        if steps > most:
-            raise invalid(f"at most {most} predictions a request with these alternatives", "/predictions")
-
-
-class Fed(msgspec.Struct, frozen=True):
-    """The outcome of a feed: the model, and what the engine answered."""
-
-    model: Model
-    done: Done
-    head: Head
-    shown: list[dict[str, Any]] | None = None
-    """the prediction at the last position, where it was worked out already"""
-
-
-class Ending:
-    """The end of a piece of work: its listener, and what one waits for."""
-
-    __slots__ = ("_event", "_waiter")
-
-    def __init__(self) -> None:
-        self._event: Event | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def __call__(self, event: Event) -> None:
-        """Take the event, on the event loop."""
-        self.settle(event)
-
-    def settle(self, event: Event) -> None:
-        """Tell the one who waits."""
-        self._event = event
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    @property
-    def ended(self) -> bool:
-        """Whether the work has ended."""
-        return self._event is not None
-
-    async def wait(self) -> Event:
-        """The last event, once it has come; at most one may wait."""
-        while self._event is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._event
-
-
-class Outbox:
-    """Hands work to its engine once a turn of the event loop: what came together is one call and one batch."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[Engine, list[Sequence[Work]]] = {}
-        self._steps: dict[Engine, list[Feeding]] = {}
-
-    def put(self, engine: Engine, works: Sequence[Work]) -> None:
-        """Submit work that begins at the same time, all or none; a refusal reaches its listeners."""
-        self._flush_soon()
-        self._waiting.setdefault(engine, []).append(works)
-
-    def step(self, engine: Engine, feeding: "Feeding") -> None:
-        """Submit a feed of one entry, in columns with the others."""
-        self._flush_soon()
-        self._steps.setdefault(engine, []).append(feeding)
-
-    def _flush_soon(self) -> None:
-        if not self._waiting and not self._steps:
-            asyncio.get_running_loop().call_soon(self._flush)
-
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        steps, self._steps = self._steps, {}
-        for engine, feedings in steps.items():
-            size = engine.max_batch
-            parts = [feedings[begin : begin + size] for begin in range(0, len(feedings), size)]
-            waiting.setdefault(engine, []).extend((Feeds(show_together, part),) for part in parts)
-        for engine, groups in waiting.items():
-            try:
-                engine.submit(*chain.from_iterable(groups))
-            except Problem:
-                for works in groups:  # not all of them fit
-                    _submit(engine, works)
-
-
-def _submit(engine: Engine, works: Sequence[Work]) -> None:
-    try:
-        engine.submit(*works)
-    except Problem as problem:
-        for work in works:
-            if isinstance(work, Feeds) and work.cost > 1:
-                for one in work.asked:
-                    _submit(engine, (Feeds(show_together, (one,)),))
-            else:
-                work.refused(problem)
-
-
-class Feeding(Ending):
-    """A feed that has begun; it keeps its session's turn until it has ended, whoever waits for it."""
-
-    __slots__ = ("_place", "at", "dropped", "entries", "inputs", "model", "shown", "then", "trace", "work")
-
-    def __init__(self, model: Model, inputs: Inputs, place: Place, at: Head | NewSession, entries: Array) -> None:
-        super().__init__()
-        self.model = model
-        self.inputs = inputs
-        self.at = at
-        self.entries = entries
-        self.shown: list[dict[str, Any]] | None = None
-        self.work: Work | None = None
-        self.dropped = False
-        self.then: Callable[[], None] | None = None
-        """called at the end, in place of one who waits"""
-        self.trace = tracing.current()
-        self._place = place
-
-    def __call__(self, event: Event) -> None:
-        """Take the event, give the turn to the next."""
-        self.work = None  # it holds this listener and its session's arrays: a cycle would keep them
-        self._place.leave()
-        self.settle(event)
-        if self.then is not None:
-            then, self.then = self.then, None
-            then()
-
-    def result(self) -> Fed:
-        """What was fed, once it has ended; raises Problem, or Race when somebody else was first."""
-        assert self._event is not None
-        done = _done(self._event)
-        return Fed(self.model, done, head_of(done), self.shown)
-
-    async def outcome(self) -> Fed:
-        """What was fed, when it has ended."""
-        if self._event is None:
-            try:
-                await self.wait()
-            except asyncio.CancelledError:
-                self.drop()
-                await self.wait()
-                raise
-        return self.result()
-
-    def drop(self) -> None:
-        """Feed nothing if that is still possible: nobody waits for it."""
-        self.dropped = True
-        if self.work is not None:
-            self.work.drop()
-            self.model.engine.wake()
-
-
-def show_together(event: Event) -> None:
-    """Take feeds that were committed in one tick: their predictions are worked out together, which costs a tenth."""
-    assert isinstance(event, Column)
-    feedings = cast(Sequence[Feeding], event.listeners)
-    alike: dict[int, list[int]] = {}
-    if sum(array[0].size for array in event.outputs.values()) <= SHOWN_TOGETHER:
-        for i, feeding in enumerate(feedings):
-            if feeding.inputs.shown not in ("none", "outputs"):
-                alike.setdefault(feeding.inputs.alternatives, []).append(i)
-    for alternatives, chosen in alike.items():
-        try:
-            _show(event, feedings, chosen, alternatives)
-        except Exception:
-            log.exception("predictions_failed")  # each request tries for itself
-    for i, feeding in enumerate(feedings):
-        feeding(_done_at(event, i, feeding.shown is None))
-
-
-def _show(column: Column, feedings: Sequence[Feeding], chosen: list[int], alternatives: int) -> None:
-    codec = feedings[0].model.engine.codec
-    outputs, before, entries = column.outputs, column.before, column.entries
-    if len(chosen) < len(feedings):
-        outputs = {name: array[chosen] for name, array in outputs.items()}
-        before = {name: array[chosen] for name, array in before.items()}
-        entries = entries[chosen]
-    positions = [column.heads[i].position for i in chosen]
-    for i, one in zip(chosen, codec.newest(outputs, positions, before, entries, alternatives), strict=True):
-        feedings[i].shown = [one]
-
-
-def _done_at(column: Column, i: int, outputs: bool) -> Done:
-    """One place of a column, with the outputs if they are needed."""
-    head, entries, created = column.heads[i], column.entries[i : i + 1], column.created[i]
-    if not outputs:
-        return Done(head, entries=entries, created=created)
-    before = {name: array[i] for name, array in column.before.items()}
-    return Done(head, {name: array[i : i + 1] for name, array in column.outputs.items()}, before, (), entries, created)
+    session: str
+    inputs: object
+    model: str | None
+    position: int | None
 
 
 class Sessions:
@@ -429,8 +230,9 @@ class Sessions:
 
     def forget(self, head: Head) -> None:
         """Drop a session from its engine's memory."""
-        if self.registry.has(head):
-            self.registry.of(head).engine.forget(head.key)
+        model = self.registry.find(head)
+        if model is not None:
+            model.engine.forget(head.key)
 
     async def cancel(self, key: Key) -> Head:
         """End a running or suspended generate where it stands."""
@@ -481,6 +283,53 @@ class Sessions:
             place.leave()
             raise
 
+    def gather(self, tenant: str, steps: Mapping[int, Step], told: Told) -> tuple[Sequence[Gathering], Sequence[int]]:
+        """Begin the steps that have to wait for nothing, in columns; also the numbers of those that go another way.
+
+        These are of sessions that are new, busy or not in memory, and whatever would be refused: nothing is here.
+        """
+        if self.draining:
+            return [], list(steps)
+        now, peek, turns, find = now_ms(), self.store.peek, self._turns, self.registry.find
+        left: list[int] = []
+        groups: dict[Model, tuple[list[int], list[Head]]] = {}
+        for number, step in steps.items():
+            key = (tenant, step.session)
+            head = peek(key, now)
+            if head is None or head is UNREAD or key in turns or not _may_step(head, step):
+                left.append(number)
+                continue
+            model = find(head)
+            if model is None:
+                left.append(number)
+                continue
+            turns[key] = Turn(now)
+            numbers, heads = groups.setdefault(model, ([], []))
+            numbers.append(number)
+            heads.append(head)
+        gatherings: list[Gathering] = []
+        for model, (numbers, heads) in groups.items():
+            inputs = [steps[number].inputs for number in numbers]
+            entries = model.engine.codec.column(inputs) if fits_together(model) else None
+            if entries is None:
+                for head in heads:
+                    leave(turns, head.key)
+                left += numbers
+            else:
+                gatherings += self._begin_together(told, model, numbers, heads, entries)
+        return gatherings, left
+
+    def _begin_together(
+        self, told: Told, model: Model, numbers: list[int], heads: list[Head], entries: Array
+    ) -> Iterable[Gathering]:
+        size = model.engine.max_batch
+        for begin in range(0, len(heads), size):
+            part = slice(begin, begin + size)
+            gathering = Gathering(self._turns, told, model, numbers[part], heads[part], entries[part])
+            gathering.work = Feeds(gathering)
+            self._outbox.put(model.engine, (gathering.work,))
+            yield gathering
+
     async def _feed_later(self, key: Key, inputs: Inputs, opening: Opening) -> Feeding:
         place = self.turn(key)
         await place.__aenter__()
@@ -496,7 +345,7 @@ class Sessions:
     def _feed(self, place: Place, model: Model, at: Head | NewSession, entries: Array, inputs: Inputs) -> Feeding:
         feeding = Feeding(model, inputs, place, at, entries)
         if len(entries) == 1 and inputs.kept is None and not inputs.closes:
-            self._outbox.step(model.engine, feeding)
+            self._outbox.step(feeding)
         else:
             kept = inputs.kept(model) if inputs.kept is not None else None
             feeding.work = Feed(feeding, at, entries, inputs.shown not in ("all", "outputs"), kept, inputs.closes)
@@ -704,19 +553,7 @@ async def _ends(engine: Engine, works: Sequence[Work], endings: Sequence[Ending]
         for ending in endings:
             await ending.wait()
         raise
-    return [_done(event) for event in events]
-
-
-def _done(event: Event) -> Done:
-    match event:
-        case Done():
-            return event
-        case Failed(problem):
-            raise problem
-        case LostRace(head):
-            raise Race(head)
-        case _:
-            raise not_ready("the work was dropped")
+    return [done_of(event) for event in events]
 
 
 def live(key: Key, head: Head | None) -> Head:
@@ -730,12 +567,6 @@ def live(key: Key, head: Head | None) -> Head:
     if head.status == "closed":
         raise Problem("session_closed", f"session {key[1]!r} was deleted", position=head.position)
     return head
-
-
-def head_of(done: Done) -> Head:
-    """The head after a piece of work on a session."""
-    assert done.head is not None
-    return done.head
 
 
 async def prompt_of(model: Model, inputs: object | None, pointer: str = "/inputs") -> Array:
@@ -762,6 +593,16 @@ def _many(inputs: object) -> bool:
 def _owes_an_answer(head: Head) -> bool:
     """Whether the session's generate has a key under which its answer may have to be kept before it is abandoned."""
     return head.generation is not None and bool(head.generation.key)
+
+
+def _may_step(head: Head, step: Step) -> bool:
+    """Whether a session lives, is where a request believes it to be, and may be moved at once."""
+    return (
+        head.status == "live"
+        and (step.model is None or step.model == head.model)
+        and (step.position is None or step.position == head.position)
+        and not _owes_an_answer(head)
+    )
 
 
 def _unfinished(head: Head) -> bool:

@@ -70,6 +70,17 @@ class Codec:
             raise invalid("at least one step is needed", pointer)
         return entries
 
+    def column(self, inputs: Sequence[object]) -> Array | None:
+        """One entry each of the inputs of many requests, [n, ...]; None where they are not, or one is refused."""
+        listed = [one[0] for one in inputs if isinstance(one, list) and len(one) == 1]
+        try:
+            if len(listed) == len(inputs):
+                return self.encode(listed)
+            entries = [self.encode(one) for one in inputs]
+        except Problem:
+            return None
+        return np.concatenate(entries) if all(len(one) == 1 for one in entries) else None
+
     def _encode_array(self, array: Array, pointer: str) -> Array:
         """Entries that come as an array already: at least one, of their shape, and numbers that the model knows."""
         if self.entry_dtype.names is not None:

@@ -14,11 +14,23 @@ class Turn:
 
     __slots__ = ("since_ms", "users", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, since_ms: int) -> None:
         self.users = 1
         """the one whose turn it is, and those who wait"""
         self.waiting: list[asyncio.Future[None]] = []
-        self.since_ms = now_ms()
+        self.since_ms = since_ms
+
+
+def leave(turns: dict[Key, Turn], key: Key) -> None:
+    """Give the turn to the next."""
+    turn = turns[key]
+    turn.users -= 1
+    while turn.waiting:
+        called = turn.waiting.pop(0)
+        if not called.done():
+            called.set_result(None)
+            return
+    del turns[key]
 
 
 class Place:
@@ -40,7 +52,7 @@ class Place:
         """Take the turn if nobody has it."""
         if self._key in self._turns:
             return False
-        self._turn = self._turns[self._key] = Turn()
+        self._turn = self._turns[self._key] = Turn(now_ms())
         return True
 
     async def __aenter__(self) -> "Place":
@@ -82,13 +94,6 @@ class Place:
 
     def leave(self) -> None:
         """Give the turn to the next."""
-        turn, self._turn = self._turn, None
-        if turn is None:
-            return
-        turn.users -= 1
-        while turn.waiting:
-            called = turn.waiting.pop(0)
-            if not called.done():
-                called.set_result(None)
-                return
-        del self._turns[self._key]
+        if self._turn is not None:
+            self._turn = None
+            leave(self._turns, self._key)

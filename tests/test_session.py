@@ -13,10 +13,11 @@ import pytest
 from tiny import LETTERS
 
 from service.errors import Problem
+from service.feeding import Inputs
 from service.registry import Registry
 from service.replies import MAX_RACES
 from service.run import Reader
-from service.session import Inputs, Opening, Sessions
+from service.session import Opening, Sessions
 from service.settings import Settings
 from service.store.base import Commit, Generation, Head, Segment, Snapshot
 from service.store.memory import MemoryStore

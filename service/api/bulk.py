@@ -1,11 +1,13 @@
 """Many sessions in one request: lines of JSON in, as many lines out, in the same order.
 
-A line is begun without a task of its own, unless it has to wait for its session or has a key, and a slice of lines is
-one call of the engine. Of the lines of one session each begins when the one before it has been answered.
+Lines that are plain steps go in columns, a slice of them at once. Another line is begun without a task of its own,
+unless it has to wait for its session or has a key. Of the lines of one session each begins when the one before it has
+been answered.
 """
 
 import asyncio
-from collections import deque
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -13,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, ValidationError
 from starlette.types import Receive, Scope, Send
 
+from service.api.columns import PlainLine, answers
 from service.api.errors import document, from_validation, problem_from
 from service.api.limits import Visit, steps_in
 from service.api.requests import (
@@ -32,10 +35,12 @@ from service.api.requests import (
 from service.api.responses import BODY_ERRORS, described
 from service.api.sessions import StepsBody, answer_line, feed_of, is_long, kept_answer, written
 from service.errors import ClientLeft, Problem
+from service.feeding import Feeding, Gathering, fed_of
 from service.history import History
 from service.run import Race
-from service.session import Feeding, Sessions
+from service.session import Sessions
 from service.store.base import Reply
+from service.work.events import Column, Event
 from service.work.feed import Keyed
 
 router = APIRouter(prefix="/v1", tags=["sessions"])
@@ -45,8 +50,10 @@ MAX_LINES = 65_536
 """each takes about a kilobyte of memory, however short it is"""
 WINDOW = 4096
 """lines that are under way at once"""
-SLICE = 64
+SLICE = 256
 """lines that are worked on before others have the event loop"""
+FEWEST = 8
+"""lines of a slice that are worth columns"""
 PART_BYTES = 64 * 1024
 
 
@@ -73,19 +80,18 @@ REQUEST: dict[str, Any] = {
 
 
 class Line:
-    """A line of the request, and what becomes of it."""
+    """A line of the request that goes its own way, and what becomes of it."""
 
-    __slots__ = ("answered", "body", "feeding", "number", "problem", "session", "task", "then")
+    __slots__ = ("before", "body", "feeding", "number", "problem", "session", "task")
 
     def __init__(self, number: int, raw: bytes) -> None:
         self.number = number
+        self.before = -1
+        """the newest line of the same session that comes before it, -1 if none does"""
         self.body: BulkLine | None = None
         self.problem: Problem | None = None
         self.feeding: Feeding | None = None
         self.task: asyncio.Task[bytes] | None = None
-        self.answered = False
-        self.then: Line | None = None
-        """the next one of the same session, which waits for this one"""
         try:
             self.body = BulkLine.model_validate_json(raw)
             self.session: str | None = self.body.session
@@ -106,6 +112,17 @@ class Line:
         return msgspec.json.encode({"session": self.session, "error": document(self.problem)}) + b"\n"
 
 
+_PLAIN = msgspec.json.Decoder(PlainLine)
+
+
+def _plain(raw: bytes) -> PlainLine | None:
+    """A line that is one plain step, or may be; None: pydantic has to see it."""
+    try:
+        return _PLAIN.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _session_in(raw: bytes) -> str | None:
     """The session that a line means which is refused for something else."""
     try:
@@ -117,7 +134,7 @@ def _session_in(raw: bytes) -> str | None:
 
 
 class Bulk:
-    """The lines of one request on their way through the engine."""
+    """The lines of one request on their way through the engine (`Told`)."""
 
     def __init__(self, sessions: Sessions, history: History, visit: Visit, key: str | None, body: bytes) -> None:
         self._visit = visit
@@ -125,28 +142,39 @@ class Bulk:
         self._sessions = sessions
         self._history = history
         self._key = key
+        self._in_columns = key is None and visit.unlimited
+        self._dropped = False
         self._raw = [raw for raw in body.split(b"\n") if raw and not raw.isspace()]
-        self._begun: deque[Line] = deque()
-        """lines that are not answered yet, in order"""
-        self._newest: dict[str, Line] = {}
+        self._next = 0
+        """the first line that is not answered yet"""
+        self._begun: dict[int, Line | Gathering | bytes] = {}
+        """from there on, what each line is part of, or its answer"""
+        self._plain: dict[int, PlainLine] = {}
+        """those that go in columns"""
+        self._newest: dict[str, int] = {}
         """the newest line of each session"""
+        self._waiting: dict[int, Line] = {}
+        """lines that wait for another one of the same session to be answered"""
+        self._refused: set[str] = set()
+        """sessions of which a line was refused"""
+        self._news = asyncio.Event()
+        """something that went in columns has ended"""
         self._parts = bytearray()
 
     async def write(self, send: Send) -> None:
         """Run the lines, and send their answers in order: those that are there together in one part."""
-        for number, raw in enumerate(self._raw):
-            self._begin(Line(number, raw))
-            if number % SLICE == SLICE - 1:
-                await asyncio.sleep(0)
-                await self._answer_until(WINDOW - SLICE, send)
+        for begin in range(0, len(self._raw), SLICE):
+            self._begin(begin, self._raw[begin : begin + SLICE])
+            await asyncio.sleep(0)
+            await self._answer_until(WINDOW - SLICE, send)
         await self._answer_until(0, send)
         await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": False})
 
     async def _answer_until(self, most: int, send: Send) -> None:
         """Answer the lines that can be answered at once, and others until no more than `most` are under way."""
         answered = 0
-        while self._begun and (len(self._begun) > most or self._begun[0].ready):
-            if self._parts and (len(self._parts) >= PART_BYTES or not self._begun[0].ready):
+        while self._begun and (len(self._begun) > most or self._is_ready()):
+            if self._parts and (len(self._parts) >= PART_BYTES or not self._is_ready()):
                 await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": True})
                 self._parts.clear()
             self._parts += await self._next_answer()
@@ -154,43 +182,120 @@ class Bulk:
             if answered % SLICE == 0:
                 await asyncio.sleep(0)
 
+    def _is_ready(self) -> bool:
+        """Whether the next answer can be had without waiting."""
+        begun = self._begun[self._next]
+        return isinstance(begun, bytes) or (isinstance(begun, Line) and begun.ready)
+
     async def _next_answer(self) -> bytes:
-        line = self._begun[0]
-        answer = self._answer_now(line) or await self._answer(line)
-        line.answered, line.feeding, line.task = True, None, None
-        self._begun.popleft()
-        if line.then is not None:
-            self._follow(line, line.then)
+        while isinstance(begun := self._begun[self._next], Gathering):
+            self._news.clear()
+            await self._news.wait()
+        if isinstance(begun, Line):
+            answer = self._answer_now(begun) or await self._answer(begun)
+            begun.feeding, begun.task = None, None
+            if begun.problem is not None and begun.session is not None:
+                self._refused.add(begun.session)
+        else:
+            answer = begun
+        del self._begun[self._next]
+        self._next += 1
+        if self._waiting and (line := self._waiting.pop(self._next - 1, None)) is not None:
+            self._follow(line)
         return answer
 
     async def drop(self) -> None:
         """Feed nothing more: nobody waits for it."""
-        tasks = [line.task for line in self._begun if line.task is not None]
+        self._dropped = True
+        under_way = list(self._begun.values())
+        tasks = [line.task for line in under_way if isinstance(line, Line) and line.task is not None]
         for task in tasks:
             task.cancel()
-        for line in self._begun:
-            if line.feeding is not None:
+        for line in under_way:
+            if isinstance(line, Line) and line.feeding is not None:
                 line.feeding.drop()
+        for gathering in {id(one): one for one in under_way if isinstance(one, Gathering)}.values():
+            gathering.drop()
         if tasks:
             await asyncio.wait(tasks)
 
+    # ------------------------------------------------------------------ in columns
+
+    def _begin(self, first: int, raws: Sequence[bytes]) -> None:
+        """Feed some lines, unless they have to wait for others of their sessions."""
+        plain: dict[int, PlainLine] = {}
+        lines: list[Line] = []
+        for number, raw in enumerate(raws, first):
+            one = _plain(raw) if self._in_columns else None
+            if one is not None and self._may_begin(one.session):
+                plain[number] = one
+                self._newest[one.session] = number
+            else:
+                lines.append(self._line(number, raw))
+        left = self._gather(plain) if len(plain) >= FEWEST else plain
+        lines += [Line(number, self._raw[number]) for number in left]
+        for line in sorted(lines, key=attrgetter("number")):
+            self._begin_line(line)
+
+    def _may_begin(self, session: str) -> bool:
+        """Whether all lines of a session that came before are answered, and none was refused."""
+        return self._newest.get(session, -1) < self._next and session not in self._refused
+
+    def _line(self, number: int, raw: bytes) -> Line:
+        """A line that goes its own way, behind the newest one of its session."""
+        line = Line(number, raw)
+        if line.session is not None:
+            line.before = self._newest.get(line.session, -1)
+            self._newest[line.session] = number
+        return line
+
+    def _gather(self, plain: Mapping[int, PlainLine]) -> Sequence[int]:
+        """Begin what has to wait for nothing, in columns; returns the numbers of the others."""
+        gatherings, left = self._sessions.gather(self._tenant, plain, self)
+        self._plain.update(plain)
+        for gathering in gatherings:
+            self._visit.take(len(gathering.numbers))
+            self._begun.update(dict.fromkeys(gathering.numbers, gathering))
+        return left
+
+    def fed(self, gathering: Gathering, column: Column) -> None:
+        """Write the answers to lines that were fed together."""
+        if self._dropped:
+            return
+        numbers = [gathering.numbers[i] for i in column.which]
+        written = answers(gathering.model, column, [self._plain.pop(number) for number in numbers])
+        self._begun.update(zip(numbers, written, strict=True))
+        self._news.set()
+
+    def ended(self, gathering: Gathering, i: int, event: Event) -> None:
+        """Take what became of a line that was parted from the others: it goes on by itself."""
+        number = gathering.numbers[i]
+        if not self._dropped:
+            self._begun[number] = self._parted(gathering, Line(number, self._raw[number]), event)
+            self._news.set()
+
+    def _parted(self, gathering: Gathering, line: Line, event: Event) -> Line | bytes:
+        assert line.body is not None
+        try:
+            return answer_line(fed_of(gathering.model, event), line.body)
+        except Race:
+            line.task = asyncio.create_task(self._run(line, line.body))
+        except Exception as error:
+            line.problem = problem_from(error)
+        return line
+
     # ------------------------------------------------------------------ one line
 
-    def _begin(self, line: Line) -> None:
+    def _begin_line(self, line: Line) -> None:
         """Feed a line, unless it has to wait for the one before it of the same session."""
-        self._begun.append(line)
-        before = self._newest.get(line.session) if line.session is not None else None
-        if line.session is not None:
-            self._newest[line.session] = line
-        if before is None:
-            self._start(line)
-        elif before.answered:
-            self._follow(before, line)
+        self._begun[line.number] = line
+        if line.before < self._next:
+            self._follow(line)
         else:
-            before.then = line
+            self._waiting[line.before] = line
 
-    def _follow(self, before: Line, line: Line) -> None:
-        if before.problem is None:
+    def _follow(self, line: Line) -> None:
+        if line.session not in self._refused:
             self._start(line)
         elif line.problem is None:
             line.problem = Problem("skipped", "an earlier line of the same session was refused")

@@ -25,8 +25,8 @@ from service.api.requests import (
 from service.api.responses import BODY_ERRORS, ERRORS, JsonResponse, described
 from service.api.sessions import SessionId, created, new_id, replay_created, replay_session, session, timestamp, where
 from service.errors import Problem
+from service.feeding import head_of
 from service.history import write_state
-from service.session import head_of
 from service.store.base import Segment
 from service.tasks import Codec
 

@@ -239,6 +239,11 @@ class Visit:
         self._limits.take(self.tenant, steps)
         self._taken += steps
 
+    @property
+    def unlimited(self) -> bool:
+        """Whether any number of steps may be taken."""
+        return self._limits.of(self.tenant).steps is None
+
     def used(self, steps: int) -> None:
         """Say how many steps it was in the end."""
         self._limits.give_back(self.tenant, self._taken - steps)

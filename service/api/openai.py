@@ -27,10 +27,11 @@ from service.api.requests import (
 from service.api.responses import BODY_ERRORS, ERRORS, described
 from service.api.streaming import begun, recalled, seed_of
 from service.errors import ClientLeft, Problem, invalid
+from service.feeding import Inputs, head_of
 from service.registry import Model
 from service.run import Reader, Replay
 from service.sampling import choice_seed
-from service.session import Inputs, Opening, head_of, needs_language_model, prompt_of
+from service.session import Opening, needs_language_model, prompt_of
 from service.state import Array
 from service.store.base import Head, Key, Reply, now_ms
 from service.work.events import Done, Token

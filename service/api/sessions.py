@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -38,9 +38,10 @@ from service.api.requests import (
 )
 from service.api.responses import BODY_ERRORS, ERRORS, JsonLine, JsonResponse, described, line_of
 from service.errors import Problem, invalid
+from service.feeding import Fed, Inputs, head_of
 from service.history import History
 from service.registry import Model
-from service.session import MANY, Fed, Inputs, Opening, Sessions, head_of
+from service.session import MANY, Opening, Sessions
 from service.store.base import Head, Key, Reply
 from service.tasks import Codec
 from service.work.events import Done
@@ -84,6 +85,18 @@ class StepsBody(Strict):
     model: ModelName | None = None
     version: Version | None = None
     seed: Seed | None = None
+
+
+class Shown(Protocol):
+    """What a request says of its answer."""
+
+    @property
+    def predictions(self) -> Literal["last", "all", "none"]:
+        """Which positions it shows."""
+
+    @property
+    def alternatives(self) -> int:
+        """How many likely symbols."""
 
 
 class ForecastBody(Strict):
@@ -227,19 +240,19 @@ def _kept_of(body: StepsBody, keyed: Keyed) -> Callable[[Model], KeptAnswer]:
     return lambda model: KeptAnswer(keyed, lambda done: steps_answer(Fed(model, done, head_of(done)), body))
 
 
-async def written(fed: Fed, body: StepsBody) -> bytes:
+async def written(fed: Fed, body: Shown) -> bytes:
     """The answer to a feed as a line of JSON; a long one is worked out beside the event loop."""
     if is_long(fed, body):
         return await asyncio.to_thread(answer_line, fed, body)
     return answer_line(fed, body)
 
 
-def is_long(fed: Fed, body: StepsBody) -> bool:
+def is_long(fed: Fed, body: Shown) -> bool:
     """Whether working an answer out would hold the event loop up."""
     return body.predictions == "all" and len(fed.done.entries) > MANY
 
 
-def answer_line(fed: Fed, body: StepsBody) -> bytes:
+def answer_line(fed: Fed, body: Shown) -> bytes:
     """The answer to a feed as a line of JSON."""
     return line_of(steps_answer(fed, body))
 
@@ -256,13 +269,18 @@ async def kept_answer(history: History, tenant: str, reply: Reply, body: StepsBo
     return line_of(answer)
 
 
-def steps_answer(fed: Fed, body: StepsBody) -> dict[str, Any]:
+def steps_answer(fed: Fed, body: Shown) -> dict[str, Any]:
     """The answer to a feed."""
-    answer = where(fed.head)
-    answer["steps"] = len(fed.done.entries)
-    if fed.done.created:
+    shown = [] if body.predictions == "none" else predictions(fed, body.alternatives)
+    return fed_answer(fed.head, len(fed.done.entries), fed.done.created, shown)
+
+
+def fed_answer(head: Head, steps: int, created: bool, predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    """The answer to a feed of so many steps after which the session stands at `head`."""
+    answer = where(head) | {"steps": steps}
+    if created:
         answer["created"] = True
-    answer["predictions"] = [] if body.predictions == "none" else predictions(fed, body.alternatives)
+    answer["predictions"] = predictions
     return answer
 
 

@@ -15,8 +15,9 @@ from service.api import errors
 from service.api.auth import EVERYTHING
 from service.api.limits import steps_in
 from service.api.sessions import StepsBody, answer_line, feed_of, written
+from service.feeding import Feeding
 from service.run import Race
-from service.session import Feeding, Sessions
+from service.session import Sessions
 
 MAX_BODY = 64 * 1024
 UNUSUAL = frozenset(

@@ -254,6 +254,40 @@ class Commit(msgspec.Struct, frozen=True, array_like=True):
     """the life whose kept answer to the same key does not count any more; 0: none"""
 
 
+class Step(msgspec.Struct, frozen=True, gc=False):
+    """One entry fed to a live session: what a `Commit` of it would say, for those of which there are many a second."""
+
+    head: Head
+    """where the session stands; the commit holds if it still does"""
+    data: bytes
+    """the entry's raw bytes"""
+    numerics: str
+
+    def whole(self) -> Commit:
+        """The same as a commit."""
+        head = self.head
+        segment = Segment(head.branch, head.position, 1, "fed", self.data, self.numerics)
+        moved = msgspec.structs.replace(head, position=head.position + 1, generation=abandoned(head))
+        return Commit(moved, head.fence, (segment,))
+
+
+class Stepped(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A step as it was stored."""
+
+    head: Head
+    data: bytes
+    numerics: str
+
+    def segment(self) -> Segment:
+        """Its entry of the log."""
+        head = self.head
+        times = ((1, head.updated_ms),)
+        return Segment(head.branch, head.position - 1, 1, "fed", self.data, self.numerics, times)
+
+
+Change = Commit | Step
+
+
 class Applied(msgspec.Struct, frozen=True):
     """The commit holds; `head` is as stored, with the store's times."""
 
@@ -280,7 +314,7 @@ class Store(Protocol):
     def run(self) -> str:
         """Names the store's run: what was read in another run may be ahead of what it holds."""
 
-    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
+    def commit(self, commits: Sequence[Change], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         """Apply a group commit; returns one result a commit, in order.
 
         `snapshots` are written beside it without a condition: they repeat what the log says of a committed position.
@@ -344,6 +378,14 @@ def tombstone(head: Head, status: Literal["closed", "expired"]) -> Head:
     return msgspec.structs.replace(head, status=status, metadata={}, generation=None, parent=None)
 
 
+def abandoned(head: Head) -> Generation | None:
+    """The head's generation once another operation changes the session: a suspended one ends as cancelled."""
+    generation = head.generation
+    if generation is None or generation.finish_reason is not None:
+        return generation
+    return msgspec.structs.replace(generation, finish_reason="cancelled", end=head.position)
+
+
 def now_ms() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
@@ -370,6 +412,30 @@ def stamp(commit: Commit, stored: Head | None, now: int) -> Commit:
         reply=_stamped_reply(commit.reply, head, now) if commit.reply is not None else None,
         left=left,
     )
+
+
+def stepped(step: Step, stored: Head, now: int) -> Stepped:
+    """A step with the store's times and a fresh commit id, as `stamp` gives them; `stored` is the head before it."""
+    head = step.head
+    after = msgspec.structs.replace(
+        head,
+        position=head.position + 1,
+        created_ms=stored.created_ms,
+        updated_ms=max(now, stored.updated_ms),
+        commit_id=_random.getrandbits(64).to_bytes(8),
+        generation=abandoned(head),
+    )
+    return Stepped(after, step.data, step.numerics)
+
+
+def may_step(step: Step, stored: Head) -> bool:
+    """Whether a step may be applied, as `holds` says of a commit."""
+    return stored.status == "live" and (stored is step.head or stored.fence == step.head.fence)
+
+
+def whole(changes: Sequence[Change]) -> list[Commit]:
+    """All as commits."""
+    return [change.whole() if isinstance(change, Step) else change for change in changes]
 
 
 def _stamped_reply(reply: Reply, head: Head, now: int) -> Reply:

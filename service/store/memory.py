@@ -12,6 +12,7 @@ from service.store.base import (
     TENANT_REPLIES_KEPT,
     TOMBSTONE_TTL_S,
     Applied,
+    Change,
     Commit,
     Conflict,
     Head,
@@ -24,9 +25,11 @@ from service.store.base import (
     cut,
     holds,
     join,
+    may_step,
     now_ms,
     parts,
     stamp,
+    stepped,
     surplus,
 )
 
@@ -51,13 +54,25 @@ class MemoryStore:
 
     # ------------------------------------------------------------------ committing
 
-    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
+    def commit(self, commits: Sequence[Change], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         """Apply a group commit; one result a commit."""
         with self._lock:
             now = now_ms()
-            results = [self._commit_one(commit, now) for commit in commits]
+            results = [self._change(change, now) for change in commits]
             self._add_snapshots([snapshot for snapshot in snapshots if self._reaches(snapshot)])
             return results
+
+    def _change(self, change: Change, now: int) -> Result:
+        if isinstance(change, Commit):
+            return self._commit_one(change, now)
+        key = change.head.key
+        stored = self._heads.get(key)
+        if stored is None or not may_step(change, stored):
+            return Conflict(stored.at(now) if stored is not None else None)
+        new = stepped(change, stored, now)
+        self._log.setdefault(new.head.branch, []).append(new.segment())
+        self._heads[key] = new.head
+        return Applied(new.head)
 
     def _commit_one(self, commit: Commit, now: int) -> Result:
         stored = self._heads.get(commit.head.key)

@@ -34,6 +34,7 @@ from service.store.base import (
     TOMBSTONE_TTL_S,
     UNREAD,
     Applied,
+    Change,
     Commit,
     CommitUnknown,
     Conflict,
@@ -52,6 +53,7 @@ from service.store.base import (
     join,
     parts,
     stamp,
+    whole,
 )
 
 log = structlog.get_logger(__name__)
@@ -507,11 +509,11 @@ class RedisStore:
 
     # ------------------------------------------------------------------ committing
 
-    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
+    def commit(self, commits: Sequence[Change], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         """Apply a group commit with one call of the script; one result a commit."""
         now = self._now()
         results: list[Result] = [Conflict(None)] * len(commits)
-        waiting = list(enumerate(commits))
+        waiting = list(enumerate(whole(commits)))
         loose = [_snapshot_command("loose", snapshot) for snapshot in snapshots]
         for _ in range(ROUNDS):
             due = self._judged(waiting, results, now)

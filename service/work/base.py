@@ -20,6 +20,7 @@ from service.pool import Slot
 from service.state import Array, Row
 from service.store.base import (
     Applied,
+    Change,
     Commit,
     Fence,
     Head,
@@ -254,7 +255,7 @@ class Work:
     def keep(self, outputs: Output) -> None:
         """Keep of a chunk's outputs what the answer needs."""
 
-    def commits(self) -> Sequence[Commit]:
+    def commits(self) -> Sequence[Change]:
         """What shall be kept now."""
         commit = self.commit()
         return (commit,) if commit is not None else ()

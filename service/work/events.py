@@ -99,7 +99,8 @@ class Suspended:
 class Column(msgspec.Struct, frozen=True):
     """Feeds of one entry that were committed in one tick, a place in each column for each."""
 
-    listeners: Sequence["Listener"]
+    which: Sequence[int]
+    """their numbers among those that were asked for together, growing"""
     heads: Sequence[Head]
     created: Sequence[bool]
     entries: Array

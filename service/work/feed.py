@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from service.state import Array, Row
-from service.store.base import Commit, Generation, Head, Reply, tombstone
+from service.store.base import Commit, Head, Reply, abandoned, tombstone
 from service.tasks import Output
 from service.work.base import Host, NewSession, Resident, SessionWork, Work, all_finite, length_of
 from service.work.events import Done, Failed, Listener
@@ -195,11 +195,3 @@ class Feed(SessionWork):
         """Answer."""
         self.end(msgspec.structs.replace(self._done, head=head))
         return self.settle(head)
-
-
-def abandoned(head: Head) -> Generation | None:
-    """The head's generation once another operation changes the session: a suspended one ends as cancelled."""
-    generation = head.generation
-    if generation is None or generation.finish_reason is not None:
-        return generation
-    return msgspec.structs.replace(generation, finish_reason="cancelled", end=head.position)

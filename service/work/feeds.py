@@ -10,40 +10,55 @@ from service import state, tracing
 from service.errors import Problem, not_ready
 from service.pool import Slot
 from service.state import Array, Row
-from service.store.base import Applied, Commit, Head, Key, Result, Segment
+from service.store.base import Applied, Change, Head, Key, Result, Step
 from service.tasks import Output
 from service.work.base import PARK_AFTER, Host, NewSession, Resident, Work, all_finite, begun, numeric_fault, own
 from service.work.events import Column, Event, Failed, Listener, LostRace
-from service.work.feed import Feed, abandoned
+from service.work.feed import Feed
 
 
 class Asked(Protocol):
-    """One of the feeds, which is the listener of what becomes of it alone."""
+    """The feeds, in columns, and who is told what becomes of them: of all together, and of one alone."""
 
-    at: Head | NewSession
-    entries: Array
-    """[1, ...]"""
-    work: Work | None
-    """what it is part of at the moment"""
-    dropped: bool
-    """set from the event loop: nobody waits for it any more"""
-    trace: tracing.Trace | None
+    @property
+    def keys(self) -> Sequence[Key]:
+        """The sessions."""
+
+    @property
+    def ats(self) -> Sequence[Head | NewSession]:
+        """Where they stand."""
+
+    @property
+    def entries(self) -> Array:
+        """What is fed, [n, ...]."""
 
     def __call__(self, event: Event) -> None:
-        """Take the event, on the event loop."""
+        """Take the column of those that were fed together, on the event loop."""
+
+    def alone(self, i: int) -> Listener:
+        """Who is told what becomes of one alone."""
+
+    def dropped(self, i: int) -> bool:
+        """Whether nobody waits for one any more; set from the event loop."""
+
+    def part_of(self, i: int, work: Work) -> None:
+        """Note what one is part of from now on."""
+
+    def trace(self, i: int) -> tracing.Trace | None:
+        """The trace of the request that one is for."""
 
 
 class Feeds(Work):
     """What as many `Feed`s of one entry would do; those with more to do than a step go on as one of those."""
 
-    def __init__(self, listener: Listener, asked: Sequence[Asked]) -> None:
-        super().__init__(listener, len(asked))
-        self.asked = list(asked)
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked, len(asked.ats))
+        self._asked = asked
+        self._which: Sequence[int] = range(len(asked.ats))
+        """those that are left"""
         self._bases: list[Resident] = []
         self._after: Sequence[Row] = ()
         self._outputs: Output = {}
-        for one in asked:
-            one.work = self
 
     @property
     def width(self) -> int:
@@ -58,12 +73,13 @@ class Feeds(Work):
     @property
     def keys(self) -> Sequence[Key]:
         """The sessions."""
-        return [one.at.key for one in self.asked]
+        return [self._asked.keys[i] for i in self._which]
 
     @property
     def traces(self) -> Sequence[tracing.Trace]:
         """Theirs."""
-        return [one.trace for one in self.asked if one.trace is not None]
+        traces = [self._asked.trace(i) for i in self._which]
+        return list({id(one): one for one in traces if one is not None}.values())
 
     @property
     def remaining(self) -> int:
@@ -73,29 +89,36 @@ class Feeds(Work):
     def begin(self, host: Host) -> None:
         """Take the sessions that have nothing to do but this step."""
         self._host, self._snapshot_every = host, host.keeping.snapshot_every
-        self.entries = np.concatenate([one.entries for one in self.asked])
-        gaps, bases = host.codec.gaps(self.entries), [self._base(one) for one in self.asked]
+        self.entries = self._asked.entries
+        gaps, bases = host.codec.gaps(self.entries), [self._base(at) for at in self._asked.ats]
         plain = [base is not None and not gap for base, gap in zip(bases, gaps, strict=True)]
-        for one, good in zip(self.asked, plain, strict=True):
-            if not good:
-                self._stray(one)
         self._bases = cast(list[Resident], bases)
         if not all(plain):
+            for i, good in enumerate(plain):
+                if not good:
+                    self.strays.append(self._one(i))
             self._keep(plain)
 
-    def _base(self, one: Asked) -> Resident | None:
+    def _base(self, at: Head | NewSession) -> Resident | None:
         """The session to begin on; None: there is more to do with it."""
         try:
-            base = begun(self._host, one.at)
+            base = begun(self._host, at)
         except Exception:
             return None  # it meets the same on its own, and is told
         due = base.folded - base.snapshot_at >= self._snapshot_every
         return None if due or len(base.tail) else base
 
-    def _stray(self, one: Asked) -> None:
-        one.work = stray = Feed(one, one.at, one.entries, last_only=True)
-        stray.trace = one.trace
-        self.strays.append(stray)
+    def each(self) -> list[Feed]:
+        """Those that are left as work of their own."""
+        return [self._one(i) for i in self._which]
+
+    def _one(self, i: int) -> Feed:
+        """The i-th of all that were asked for as work of its own."""
+        asked = self._asked
+        work = Feed(asked.alone(i), asked.ats[i], asked.entries[i : i + 1], last_only=True)
+        work.trace = asked.trace(i)
+        asked.part_of(i, work)
+        return work
 
     def block(self, steps: int) -> Array:
         """The entries, [1, width, ...]."""
@@ -109,17 +132,21 @@ class Feeds(Work):
         good = [self._good(i) for i in range(self.width)]
         for i, base in enumerate(self._bases):
             if not good[i]:
-                self.events.append((self.asked[i], Failed(numeric_fault(base.head))))
+                self.events.append((self._alone(i), Failed(numeric_fault(base.head))))
         self._keep(good)
         return good.count(False)
 
     def _good(self, i: int) -> bool:
         return all_finite({name: array[i] for name, array in self._outputs.items()}) and state.finite(self._after[i])
 
+    def _alone(self, i: int) -> Listener:
+        """Who is told of one of those that are left."""
+        return self._asked.alone(self._which[i])
+
     def _keep(self, good: Sequence[bool]) -> None:
         """Go on with these alone."""
         chosen = [i for i, one in enumerate(good) if one]
-        self.asked = [self.asked[i] for i in chosen]
+        self._which = [self._which[i] for i in chosen]
         self._bases = [self._bases[i] for i in chosen]
         self.entries = self.entries[chosen]
         if self._outputs:
@@ -129,47 +156,47 @@ class Feeds(Work):
 
     def refused(self, problem: Problem) -> None:
         """The engine does not take it; called on the event loop."""
-        for one in self.asked:
-            one(Failed(problem))
+        for i in self._which:
+            self._asked.alone(i)(Failed(problem))
 
     def failed(self, problem: Problem) -> None:
         """Each goes on alone, so that one bad entry harms no other."""
-        for one in self.asked:
-            self._stray(one)
+        self.strays += self.each()
         self._keep([False] * self.width)
 
-    def commits(self) -> Sequence[Commit]:
+    def commits(self) -> Sequence[Change]:
         """A commit each, once the step is taken."""
         if not self._outputs:
             return ()
         data, numerics = self.entries.astype(self._host.codec.entry_dtype, copy=False).tobytes(), self._host.numerics
         size = len(data) // self.width
-        return [
-            _commit(base.head, isinstance(one.at, NewSession), data[i * size : (i + 1) * size], numerics)
-            for i, (one, base) in enumerate(zip(self.asked, self._bases, strict=True))
-        ]
+        ats = self._asked.ats
+        steps: list[Change] = []
+        for j, (i, base) in enumerate(zip(self._which, self._bases, strict=True)):
+            step = Step(base.head, data[j * size : (j + 1) * size], numerics)
+            steps.append(step if isinstance(ats[i], Head) else msgspec.structs.replace(step.whole(), expected=None))
+        return steps
 
     def settled(self, results: Sequence[Result | Problem]) -> Iterable[tuple[Key, Resident | None]]:
         """Answer those whose commit holds in one event, and the others each for itself."""
-        lost = [one.at.key for one, result in zip(self.asked, results, strict=True) if self._lost(one, result)]
-        if lost:
-            self._keep([isinstance(result, Applied) for result in results])
         heads = [result.head for result in results if isinstance(result, Applied)]
+        lost: list[Key] = []
+        if len(heads) < len(results):
+            for i, result in enumerate(results):
+                if not isinstance(result, Applied):
+                    lost.append(self._asked.keys[self._which[i]])
+                    event = Failed(result) if isinstance(result, Problem) else LostRace(result.head)
+                    self.events.append((self._alone(i), event))
+            self._keep([isinstance(result, Applied) for result in results])
         if heads:
             self._answer(heads)
         return [*((key, None) for key in lost), *((one.head.key, one) for one in self._residents(heads))]
 
-    def _lost(self, one: Asked, result: Result | Problem) -> bool:
-        if isinstance(result, Applied):
-            return False
-        self.events.append((one, Failed(result) if isinstance(result, Problem) else LostRace(result.head)))
-        return True
-
     def _answer(self, heads: Sequence[Head]) -> None:
-        created = [isinstance(one.at, NewSession) for one in self.asked]
+        created = [isinstance(self._asked.ats[i], NewSession) for i in self._which]
         judged = self._host.codec.judged
         before = {judged: self._before(judged)} if judged else {}
-        self.end(Column(self.asked, heads, created, self.entries, self._outputs, before))
+        self.end(Column(self._which, heads, created, self.entries, self._outputs, before))
 
     def _before(self, name: str) -> Array:
         """What was said of a name before this step; NaN where nothing was."""
@@ -191,10 +218,11 @@ class Feeds(Work):
 
     def halt(self) -> None:
         """Let those go that nobody waits for; the others go on."""
-        for one in self.asked:
-            if one.dropped:
-                self.events.append((one, Failed(not_ready("the work was dropped"))))
-        self._keep([not one.dropped for one in self.asked])
+        dropped = [self._asked.dropped(i) for i in self._which]
+        for i, gone in enumerate(dropped):
+            if gone:
+                self.events.append((self._alone(i), Failed(not_ready("the work was dropped"))))
+        self._keep([not gone for gone in dropped])
         self.stop, self.halted = None, False
 
     def end(self, event: Event) -> None:
@@ -202,11 +230,5 @@ class Feeds(Work):
         if isinstance(event, Column):
             self.tell(event)
         else:
-            self.events += [(one, event) for one in self.asked]
+            self.events += [(self._alone(i), event) for i in range(len(self._which))]
         self.finished = True
-
-
-def _commit(head: Head, new: bool, data: bytes, numerics: str) -> Commit:
-    segment = Segment(head.branch, head.position, 1, "fed", data, numerics)
-    moved = msgspec.structs.replace(head, position=head.position + 1, generation=abandoned(head))
-    return Commit(moved, None if new else head.fence, (segment,))

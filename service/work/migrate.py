@@ -2,10 +2,10 @@
 
 import msgspec
 
-from service.store.base import Branch, Commit, Head, Line, Reply, graft
+from service.store.base import Branch, Commit, Head, Line, Reply, abandoned, graft
 from service.work.base import Host, Resident, SessionWork, new_branch
 from service.work.events import Done, Listener
-from service.work.feed import Keyed, abandoned
+from service.work.feed import Keyed
 
 
 class Migrate(SessionWork):

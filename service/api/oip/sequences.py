@@ -17,8 +17,9 @@ from service.api.oip.tensors import Asked, check_outputs, raw_of
 from service.api.requests import SESSION_ID, history_of, key_of, replayed, sessions_of, visit_of
 from service.bundle import DTYPES
 from service.errors import Problem, invalid
+from service.feeding import Inputs, head_of
 from service.registry import Model
-from service.session import Inputs, Opening, head_of
+from service.session import Opening
 from service.settings import Settings
 from service.state import Array
 from service.store.base import Key, Reply

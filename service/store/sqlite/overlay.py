@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from service.store.base import UNREAD, Commit, Head, Key, Line, Reply, Segment, Snapshot, Unread
+from service.store.base import UNREAD, Commit, Head, Key, Line, Reply, Segment, Snapshot, Stepped, Unread
 from service.store.sqlite.rows import Batch, ReplyKey, reply_key
 
 CACHED_HEADS = 16_384
@@ -16,19 +16,24 @@ class Unspread:
 
     head: Head
     seq: int
-    segments: list[Segment] = field(default_factory=list)
+    written: list[Segment | Stepped] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     branches: set[str] = field(default_factory=set)
 
     def add(self, commit: Commit, seq: int) -> set[str]:
         """Take a commit in; returns the branches that it is the first to write to."""
         self.head, self.seq = commit.head, seq
-        self.segments += commit.segments
+        self.written += commit.segments
         self.snapshots += commit.snapshots
         written = [one.branch for one in commit.segments] + [one.branch for one in commit.snapshots]
         fresh = {branch for branch in written if branch not in self.branches}
         self.branches |= fresh
         return fresh
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The entries of the log."""
+        return [one.segment() if isinstance(one, Stepped) else one for one in self.written]
 
 
 @dataclass(slots=True)
@@ -73,6 +78,8 @@ class Overlay:
         for commit in batch.commits:
             self.moves.add(commit, self.known)
             self._remember(commit, seq)
+        for step in batch.steps:
+            self._remember_step(step, seq)
         self._take_rest(seq, batch)
 
     def take_again(self, seq: int, batch: Batch, spread_to: Callable[[Key], int]) -> None:
@@ -81,6 +88,9 @@ class Overlay:
             self.moves.add(commit, None)
             if seq > spread_to(commit.head.key):
                 self._remember(commit, seq)
+        for step in batch.steps:
+            if seq > spread_to(step.head.key):
+                self._remember_step(step, seq)
         self._take_rest(seq, batch)
 
     def _take_rest(self, seq: int, batch: Batch) -> None:
@@ -95,12 +105,24 @@ class Overlay:
 
     def _remember(self, commit: Commit, seq: int) -> None:
         key = commit.head.key
-        entry = self.sessions.get(key)
-        if entry is None:
-            entry = self.sessions[key] = Unspread(commit.head, seq)
-            self._cache.pop(key, None)
+        entry = self.sessions.get(key) or self._begin(key, commit.head, seq)
         for branch in entry.add(commit, seq):
             self._writers.setdefault(branch, {})[key] = entry
+
+    def _remember_step(self, step: Stepped, seq: int) -> None:
+        head = step.head
+        key = head.key
+        entry = self.sessions.get(key) or self._begin(key, head, seq)
+        entry.head, entry.seq = head, seq
+        entry.written.append(step)
+        if head.branch not in entry.branches:
+            entry.branches.add(head.branch)
+            self._writers.setdefault(head.branch, {})[key] = entry
+
+    def _begin(self, key: Key, head: Head, seq: int) -> Unspread:
+        entry = self.sessions[key] = Unspread(head, seq)
+        self._cache.pop(key, None)
+        return entry
 
     def _add_reply(self, tenant: str, reply: Reply) -> None:
         key = reply_key(tenant, reply)

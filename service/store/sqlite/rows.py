@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from service.store.base import Commit, Head, Line, Reply, Segment, Snapshot
+from service.store.base import Commit, Head, Line, Reply, Segment, Snapshot, Stepped
 
 ReplyKey = tuple[str, str, str]
 """(tenant, scope, key)"""
@@ -23,6 +23,8 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     snapshots: tuple[Snapshot, ...] = ()
     kept: tuple[tuple[str, Reply], ...] = ()
     """(tenant, reply) of requests that committed nothing"""
+    steps: tuple[Stepped, ...] = ()
+    """of other sessions than the commits"""
 
 
 T = TypeVar("T")

@@ -27,6 +27,7 @@ from service.store.base import (
     TOMBSTONE_TTL_S,
     UNREAD,
     Applied,
+    Change,
     Commit,
     CommitUnknown,
     Conflict,
@@ -37,14 +38,19 @@ from service.store.base import (
     Result,
     Segment,
     Snapshot,
+    Step,
+    Stepped,
     StoreError,
     Unread,
     cut,
     holds,
     join,
+    may_step,
     now_ms,
     parts,
     stamp,
+    stepped,
+    whole,
 )
 from service.store.sqlite.overlay import Overlay
 from service.store.sqlite.rows import Batch, ReplyKey, decode_segment, reply_key
@@ -158,35 +164,53 @@ class SqliteStore:
 
     # ------------------------------------------------------------------ committing
 
-    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
+    def commit(self, commits: Sequence[Change], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         """Apply a group commit with one INSERT; one result a commit."""
         with self._using():
-            results, stamped = self._judge(commits, now_ms())
-            if stamped or snapshots:
-                self._write(Batch(tuple(stamped), tuple(snapshots)))
+            batch, results = self._judge(commits, now_ms())
+            if batch.commits or batch.steps or snapshots:
+                self._write(msgspec.structs.replace(batch, snapshots=tuple(snapshots)))
             return results
 
-    def _judge(self, commits: Sequence[Commit], now: int) -> tuple[list[Result], list[Commit]]:
-        """The results, and what is to be written; a commit sees those before it in its group."""
+    def _judge(self, changes: Sequence[Change], now: int) -> tuple[Batch, list[Result]]:
+        """What is to be written, and the results; a commit sees those before it in its group."""
+        if len({change.head.key for change in changes}) < len(changes):
+            changes = whole(changes)  # the journal's row does not say which came first
         results: list[Result] = []
         stamped: list[Commit] = []
+        steps: list[Stepped] = []
         heads: dict[Key, Head] = {}
-        replies = self._replies_of(commits)
-        for commit in commits:
-            key = commit.head.key
-            stored = heads.get(key) or self._stored(key)
-            source = self._source_of(commit, heads) if commit.source is not None else None
-            taken = replies.get(reply_key(commit.head.tenant, commit.reply)) if commit.reply is not None else None
-            if not holds(commit, stored, source, self._counting(taken, stored, now), now):
-                results.append(Conflict(stored.at(now) if stored is not None else None))
+        replies = self._replies_of([change for change in changes if isinstance(change, Commit)])
+        for change in changes:
+            stored = heads.get(change.head.key) or self._stored(change.head.key)
+            if isinstance(change, Step):
+                if stored is not None and may_step(change, stored):
+                    steps.append(stepped(change, stored, now))
+                    results.append(Applied(steps[-1].head))
+                    continue
+            elif self._holds(change, stored, heads, replies, now):
+                new = stamp(change, stored, now)
+                stamped.append(new)
+                heads[new.head.key] = new.head
+                if new.reply is not None:
+                    replies[reply_key(new.head.tenant, new.reply)] = new.reply
+                results.append(Applied(new.head))
                 continue
-            new = stamp(commit, stored, now)
-            stamped.append(new)
-            results.append(Applied(new.head))
-            heads[key] = new.head
-            if new.reply is not None:
-                replies[reply_key(new.head.tenant, new.reply)] = new.reply
-        return results, stamped
+            results.append(Conflict(stored.at(now) if stored is not None else None))
+        return Batch(tuple(stamped), steps=tuple(steps)), results
+
+    def _holds(
+        self,
+        commit: Commit,
+        stored: Head | None,
+        heads: dict[Key, Head],
+        replies: Mapping[ReplyKey, Reply],
+        now: int,
+    ) -> bool:
+        """Whether a commit may be applied; `heads` and `replies` are those of its group before it."""
+        source = self._source_of(commit, heads) if commit.source is not None else None
+        taken = replies.get(reply_key(commit.head.tenant, commit.reply)) if commit.reply is not None else None
+        return holds(commit, stored, source, self._counting(taken, stored, now), now)
 
     def _source_of(self, commit: Commit, heads: dict[Key, Head]) -> Head | None:
         """The stored head of a commit's source, one of the same group before all."""
