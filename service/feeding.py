@@ -5,7 +5,7 @@ session would cost more than its step.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, Literal, Protocol
@@ -28,9 +28,6 @@ from service.work.feed import KeptAnswer
 from service.work.feeds import Feeds
 
 log = structlog.get_logger(__name__)
-
-SHOWN_TOGETHER = 4096
-"""numbers of a session's output: of more the predictions are worked out one session after another"""
 
 Prediction = dict[str, Any]
 
@@ -190,7 +187,7 @@ class Feedings:
 
 
 class Told(Protocol):
-    """Who asked for feeds in columns."""
+    """Who asked for steps in columns."""
 
     def fed(self, gathering: "Gathering", column: Column) -> None:
         """Take those that were fed together."""
@@ -200,38 +197,48 @@ class Told(Protocol):
 
 
 class Gathering:
-    """Feeds of one entry into sessions of one model that begin together (`Asked`).
+    """Steps of sessions of one model that begin together (`Asked`).
 
     It keeps the turn of each session until that one has ended, whoever waits for it.
     """
 
-    def __init__(
-        self,
-        turns: dict[Key, Turn],
-        told: Told,
-        model: Model,
-        numbers: Sequence[int],
-        heads: Sequence[Head],
-        entries: Array,
-    ) -> None:
+    def __init__(self, turns: dict[Key, Turn], told: Told, model: Model) -> None:
         self.model = model
-        self.numbers = numbers
-        """which they are to the one who asked"""
-        self.ats: Sequence[Head] = heads
-        self.keys = [head.key for head in heads]
-        self.entries = entries
-        self.work: Work | None = None
-        """what those are part of that go together"""
+        self.whose: list[Any] = []
+        """what each is to the one who is told"""
+        self.keys: list[Key] = []
+        self.ats: list[Head] = []
+        self._entries: list[int | list[float]] = []
         self._turns = turns
         self._told = told
         self._trace = tracing.current()
-        self._alone: list[Work] = []
-        self._dropped = False
+        self._work: Work | None = None
+        """what those are part of that go together"""
+        self._alone: dict[int, Work] = {}
+        self._dropped: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.ats)
+
+    def add(self, head: Head, entry: int | list[float], whose: object) -> None:
+        """Take one more in, whose turn it is."""
+        self.whose.append(whose)
+        self.keys.append(head.key)
+        self.ats.append(head)
+        self._entries.append(entry)
+
+    def begin(self) -> Work:
+        """All are there: the work to submit."""
+        self.entries = self.model.engine.codec.column(self._entries)
+        self._work = work = Feeds(self)
+        if self._dropped:
+            work.drop()
+        return work
 
     def __call__(self, event: Event) -> None:
         """Take those that were fed together."""
         assert isinstance(event, Column)
-        self.work = None  # it holds this listener: a cycle would keep both
+        self._work = None  # it holds this listener: a cycle would keep both
         for i in event.which:
             leave(self._turns, self.keys[i])
         self._told.fed(self, event)
@@ -241,27 +248,29 @@ class Gathering:
         return partial(self._ended, i)
 
     def _ended(self, i: int, event: Event) -> None:
+        self._alone.pop(i, None)
         leave(self._turns, self.keys[i])
         self._told.ended(self, i, event)
 
     def part_of(self, i: int, work: Work) -> None:
-        """Note what one is part of; the engine's thread calls this too."""
-        self._alone.append(work)
-        if self._dropped:
+        """Note what one is part of; called on the engine's thread."""
+        self._alone[i] = work
+        if i in self._dropped:
             work.drop()
 
     def dropped(self, i: int) -> bool:
         """Whether nobody waits for it any more."""
-        return self._dropped
+        return i in self._dropped
 
     def trace(self, i: int) -> tracing.Trace | None:
-        """The trace of the request that they are all for."""
+        """The trace of the request that they are for."""
         return self._trace
 
-    def drop(self) -> None:
-        """Feed nothing more if that is still possible: nobody waits for it."""
-        self._dropped = True
-        for work in (self.work, *self._alone):
+    def drop(self, places: Iterable[int]) -> None:
+        """Feed these no more if that is still possible: nobody waits for them."""
+        for i in places:
+            self._dropped.add(i)
+            work = self._alone.get(i, self._work)
             if work is not None:
                 work.drop()
         self.model.engine.wake()
@@ -270,31 +279,45 @@ class Gathering:
 class Outbox:
     """Hands work to its engine once a turn of the event loop: what came together is one call and one batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: dict[Key, Turn]) -> None:
+        self._turns = turns
         self._waiting: dict[Engine, list[Sequence[Work]]] = {}
-        self._steps: dict[Engine, list[Feeding]] = {}
+        self._feedings: dict[Engine, list[Feeding]] = {}
+        self._gathering: dict[tuple[Engine, Told], list[Gathering]] = {}
 
     def put(self, engine: Engine, works: Sequence[Work]) -> None:
         """Submit work that begins at the same time, all or none; a refusal reaches its listeners."""
         self._flush_soon()
         self._waiting.setdefault(engine, []).append(works)
 
-    def step(self, feeding: Feeding) -> None:
+    def feed(self, feeding: Feeding) -> None:
         """Submit a feed of one entry, in columns with the others."""
         self._flush_soon()
-        self._steps.setdefault(feeding.model.engine, []).append(feeding)
+        self._feedings.setdefault(feeding.model.engine, []).append(feeding)
+
+    def step(self, told: Told, model: Model, head: Head, entry: int | list[float], whose: object) -> Gathering:
+        """Submit a step of a session whose turn it is, in columns with the others of whom is told."""
+        self._flush_soon()
+        gatherings = self._gathering.setdefault((model.engine, told), [])
+        if not gatherings or len(gatherings[-1]) == model.engine.max_batch:
+            gatherings.append(Gathering(self._turns, told, model))
+        gatherings[-1].add(head, entry, whose)
+        return gatherings[-1]
 
     def _flush_soon(self) -> None:
-        if not self._waiting and not self._steps:
+        if not (self._waiting or self._feedings or self._gathering):
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, {}
-        steps, self._steps = self._steps, {}
-        for engine, feedings in steps.items():
+        feedings, self._feedings = self._feedings, {}
+        gathering, self._gathering = self._gathering, {}
+        for engine, those in feedings.items():
             size = engine.max_batch
-            parts = [feedings[begin : begin + size] for begin in range(0, len(feedings), size)]
+            parts = [those[begin : begin + size] for begin in range(0, len(those), size)]
             waiting.setdefault(engine, []).extend((_columns_of(part),) for part in parts)
+        for (engine, _), gatherings in gathering.items():
+            waiting.setdefault(engine, []).extend((one.begin(),) for one in gatherings)
         for engine, groups in waiting.items():
             try:
                 engine.submit(*chain.from_iterable(groups))
@@ -322,11 +345,6 @@ def _submit(engine: Engine, works: Sequence[Work]) -> None:
                 work.refused(problem)
 
 
-def fits_together(model: Model) -> bool:
-    """Whether the predictions of many sessions are worked out in one."""
-    return model.bundle.manifest.output_numbers <= SHOWN_TOGETHER
-
-
 def shown_together(model: Model, column: Column, wanted: Sequence[int | None]) -> list[Prediction | None]:
     """The newest prediction of each place of a column with as many alternatives as are wanted; None: none is.
 
@@ -334,7 +352,7 @@ def shown_together(model: Model, column: Column, wanted: Sequence[int | None]) -
     """
     shown: list[Prediction | None] = [None] * len(wanted)
     alike: dict[int, list[int]] = {}
-    if fits_together(model):
+    if model.engine.codec.shows_together:
         for i, alternatives in enumerate(wanted):
             if alternatives is not None:
                 alike.setdefault(alternatives, []).append(i)

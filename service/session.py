@@ -6,7 +6,7 @@ reads, forecasts and states see the newest committed position and wait for nobod
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -16,18 +16,17 @@ import msgspec
 from service import metrics
 from service.engine import Engine
 from service.errors import Problem, invalid, not_ready
-from service.feeding import Ending, Fed, Feeding, Gathering, Inputs, Outbox, Told, done_of, fits_together
+from service.feeding import Ending, Fed, Feeding, Gathering, Inputs, Outbox, Told, done_of
 from service.registry import Model, Registry
 from service.replies import Replies
 from service.run import Race, Reader, Replay, Run, moved, tokens_of
 from service.sampling import MAX_SEED
 from service.state import Array, Row
 from service.store.base import UNREAD, Commit, Conflict, Generation, Head, Key, Store, abandoned, now_ms, tombstone
-from service.turns import Place, Turn, leave
+from service.turns import Place, Turn
 from service.work.base import NewSession, Work, new_head
 from service.work.events import Done, Event, Listener, Token
 from service.work.feed import Feed, Keyed, Predict, Whole
-from service.work.feeds import Feeds
 from service.work.forecast import Forecast, Path
 from service.work.generate import MAX_TOKENS_KEPT, Generate, reply_of
 from service.work.migrate import session_reply
@@ -67,9 +66,8 @@ class Opening(msgspec.Struct, frozen=True):
 
 
 class Step(Protocol):
-    """What a request says of one step: which session, and where that is believed to stand."""
+    """What a request says of one step, and of the session that it means."""
 
-    session: str
     inputs: object
     model: str | None
     position: int | None
@@ -86,7 +84,7 @@ class Sessions:
         self._wait_s = wait_s
         self._turns: dict[Key, Turn] = {}
         self._runs: dict[Key, Run] = {}
-        self._outbox = Outbox()
+        self._outbox = Outbox(self._turns)
         self.draining = False
         self._counted_at = -COUNT_EVERY_S
         self.may_begin: Callable[[str], None] = lambda _: None
@@ -283,52 +281,22 @@ class Sessions:
             place.leave()
             raise
 
-    def gather(self, tenant: str, steps: Mapping[int, Step], told: Told) -> tuple[Sequence[Gathering], Sequence[int]]:
-        """Begin the steps that have to wait for nothing, in columns; also the numbers of those that go another way.
+    def step(self, key: Key, step: Step, told: Told, whose: object) -> Gathering | None:
+        """Begin a step that has to wait for nothing, in columns with the others of this turn of the event loop.
 
-        These are of sessions that are new, busy or not in memory, and whatever would be refused: nothing is here.
+        None where the session is new, busy or not in memory, and for whatever would be refused: nothing is here.
         """
-        if self.draining:
-            return [], list(steps)
-        now, peek, turns, find = now_ms(), self.store.peek, self._turns, self.registry.find
-        left: list[int] = []
-        groups: dict[Model, tuple[list[int], list[Head]]] = {}
-        for number, step in steps.items():
-            key = (tenant, step.session)
-            head = peek(key, now)
-            if head is None or head is UNREAD or key in turns or not _may_step(head, step):
-                left.append(number)
-                continue
-            model = find(head)
-            if model is None:
-                left.append(number)
-                continue
-            turns[key] = Turn(now)
-            numbers, heads = groups.setdefault(model, ([], []))
-            numbers.append(number)
-            heads.append(head)
-        gatherings: list[Gathering] = []
-        for model, (numbers, heads) in groups.items():
-            inputs = [steps[number].inputs for number in numbers]
-            entries = model.engine.codec.column(inputs) if fits_together(model) else None
-            if entries is None:
-                for head in heads:
-                    leave(turns, head.key)
-                left += numbers
-            else:
-                gatherings += self._begin_together(told, model, numbers, heads, entries)
-        return gatherings, left
-
-    def _begin_together(
-        self, told: Told, model: Model, numbers: list[int], heads: list[Head], entries: Array
-    ) -> Iterable[Gathering]:
-        size = model.engine.max_batch
-        for begin in range(0, len(heads), size):
-            part = slice(begin, begin + size)
-            gathering = Gathering(self._turns, told, model, numbers[part], heads[part], entries[part])
-            gathering.work = Feeds(gathering)
-            self._outbox.put(model.engine, (gathering.work,))
-            yield gathering
+        head = self.store.peek(key)
+        if head is None or head is UNREAD or key in self._turns or self.draining or not _may_step(head, step):
+            return None
+        model = self.registry.find(head)
+        if model is None or not model.engine.codec.shows_together:
+            return None
+        entry = model.engine.codec.single(step.inputs)
+        if entry is None:
+            return None
+        self._turns[key] = Turn(now_ms())
+        return self._outbox.step(told, model, head, entry, whose)
 
     async def _feed_later(self, key: Key, inputs: Inputs, opening: Opening) -> Feeding:
         place = self.turn(key)
@@ -345,7 +313,7 @@ class Sessions:
     def _feed(self, place: Place, model: Model, at: Head | NewSession, entries: Array, inputs: Inputs) -> Feeding:
         feeding = Feeding(model, inputs, place, at, entries)
         if len(entries) == 1 and inputs.kept is None and not inputs.closes:
-            self._outbox.step(feeding)
+            self._outbox.feed(feeding)
         else:
             kept = inputs.kept(model) if inputs.kept is not None else None
             feeding.work = Feed(feeding, at, entries, inputs.shown not in ("all", "outputs"), kept, inputs.closes)

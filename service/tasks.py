@@ -25,6 +25,8 @@ SORTED_WHOLE = 512
 """Symbols: more are not all sorted to find the most likely ones."""
 FEW = 16
 """the most likely symbols are found one after another up to that many"""
+SHOWN_TOGETHER = 4096
+"""numbers of a session's output: of more the predictions are worked out one session after another"""
 NAMED = 16
 """features that a refusal names, each of them"""
 
@@ -50,6 +52,8 @@ class Codec:
         self.entry_shape: tuple[int, ...] = () if self.symbolic else (len(manifest.features),)
         if self._tensors is not None:
             self.entry_dtype, self.entry_shape = self._tensors.entry_dtype, self._tensors.entry_shape
+        self.shows_together = manifest.output_numbers <= SHOWN_TOGETHER
+        """whether the predictions of many sessions are worked out in one"""
         self._next_is_said = manifest.horizons[0] == 1
         quantiles = "quantiles" if manifest.quantiles and self._next_is_said else ""
         judged = {"language-model": "logits", "forecaster": quantiles}
@@ -70,16 +74,26 @@ class Codec:
             raise invalid("at least one step is needed", pointer)
         return entries
 
-    def column(self, inputs: Sequence[object]) -> Array | None:
-        """One entry each of the inputs of many requests, [n, ...]; None where they are not, or one is refused."""
-        listed = [one[0] for one in inputs if isinstance(one, list) and len(one) == 1]
+    def single(self, inputs: object) -> int | list[float] | None:
+        """The entry that inputs are, as `column` takes it; None where they are not one plain step, or are refused."""
+        if self._tensors is not None or not isinstance(inputs, list | str) or len(inputs) != 1:
+            return None
+        item = inputs[0]
+        if not self.symbolic:
+            return self._single_row(item) if isinstance(inputs, list) else None
+        if isinstance(item, str):
+            return self._ids.get(item) if isinstance(inputs, list) or self._table is not None else None
+        return item if type(item) is int and 0 <= item < len(self.manifest.symbols) else None
+
+    def _single_row(self, item: object) -> list[float] | None:
         try:
-            if len(listed) == len(inputs):
-                return self.encode(listed)
-            entries = [self.encode(one) for one in inputs]
+            return self._row(item, "")
         except Problem:
             return None
-        return np.concatenate(entries) if all(len(one) == 1 for one in entries) else None
+
+    def column(self, singles: Sequence[int | list[float]]) -> Array:
+        """Entries of as many steps, [n] or [n, F]."""
+        return np.array(singles, self.entry_dtype)
 
     def _encode_array(self, array: Array, pointer: str) -> Array:
         """Entries that come as an array already: at least one, of their shape, and numbers that the model knows."""

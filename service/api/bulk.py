@@ -6,8 +6,7 @@ been answered.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, ValidationError
 from starlette.types import Receive, Scope, Send
 
-from service.api.columns import PlainLine, answers
+from service.api.columns import PlainLine, answers, plain_line
 from service.api.errors import document, from_validation, problem_from
 from service.api.limits import Visit, steps_in
 from service.api.requests import (
@@ -52,8 +51,6 @@ WINDOW = 4096
 """lines that are under way at once"""
 SLICE = 256
 """lines that are worked on before others have the event loop"""
-FEWEST = 8
-"""lines of a slice that are worth columns"""
 PART_BYTES = 64 * 1024
 
 
@@ -82,12 +79,10 @@ REQUEST: dict[str, Any] = {
 class Line:
     """A line of the request that goes its own way, and what becomes of it."""
 
-    __slots__ = ("before", "body", "feeding", "number", "problem", "session", "task")
+    __slots__ = ("body", "feeding", "number", "problem", "session", "task")
 
     def __init__(self, number: int, raw: bytes) -> None:
         self.number = number
-        self.before = -1
-        """the newest line of the same session that comes before it, -1 if none does"""
         self.body: BulkLine | None = None
         self.problem: Problem | None = None
         self.feeding: Feeding | None = None
@@ -110,17 +105,6 @@ class Line:
         """What is answered when it was not fed."""
         assert self.problem is not None
         return msgspec.json.encode({"session": self.session, "error": document(self.problem)}) + b"\n"
-
-
-_PLAIN = msgspec.json.Decoder(PlainLine)
-
-
-def _plain(raw: bytes) -> PlainLine | None:
-    """A line that is one plain step, or may be; None: pydantic has to see it."""
-    try:
-        return _PLAIN.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
 
 
 def _session_in(raw: bytes) -> str | None:
@@ -215,7 +199,7 @@ class Bulk:
             if isinstance(line, Line) and line.feeding is not None:
                 line.feeding.drop()
         for gathering in {id(one): one for one in under_way if isinstance(one, Gathering)}.values():
-            gathering.drop()
+            gathering.drop(range(len(gathering)))
         if tasks:
             await asyncio.wait(tasks)
 
@@ -223,53 +207,36 @@ class Bulk:
 
     def _begin(self, first: int, raws: Sequence[bytes]) -> None:
         """Feed some lines, unless they have to wait for others of their sessions."""
-        plain: dict[int, PlainLine] = {}
-        lines: list[Line] = []
+        steps = 0
         for number, raw in enumerate(raws, first):
-            one = _plain(raw) if self._in_columns else None
-            if one is not None and self._may_begin(one.session):
-                plain[number] = one
-                self._newest[one.session] = number
-            else:
-                lines.append(self._line(number, raw))
-        left = self._gather(plain) if len(plain) >= FEWEST else plain
-        lines += [Line(number, self._raw[number]) for number in left]
-        for line in sorted(lines, key=attrgetter("number")):
-            self._begin_line(line)
+            line = plain_line(raw) if self._in_columns else None
+            if line is not None and self._may_begin(line.session):
+                gathering = self._sessions.step((self._tenant, line.session), line, self, number)
+                if gathering is not None:
+                    steps += 1
+                    self._begun[number], self._plain[number] = gathering, line
+                    self._newest[line.session] = number
+                    continue
+            self._begin_line(Line(number, raw))
+        if steps:
+            self._visit.take(steps)
 
     def _may_begin(self, session: str) -> bool:
         """Whether all lines of a session that came before are answered, and none was refused."""
         return self._newest.get(session, -1) < self._next and session not in self._refused
 
-    def _line(self, number: int, raw: bytes) -> Line:
-        """A line that goes its own way, behind the newest one of its session."""
-        line = Line(number, raw)
-        if line.session is not None:
-            line.before = self._newest.get(line.session, -1)
-            self._newest[line.session] = number
-        return line
-
-    def _gather(self, plain: Mapping[int, PlainLine]) -> Sequence[int]:
-        """Begin what has to wait for nothing, in columns; returns the numbers of the others."""
-        gatherings, left = self._sessions.gather(self._tenant, plain, self)
-        self._plain.update(plain)
-        for gathering in gatherings:
-            self._visit.take(len(gathering.numbers))
-            self._begun.update(dict.fromkeys(gathering.numbers, gathering))
-        return left
-
     def fed(self, gathering: Gathering, column: Column) -> None:
         """Write the answers to lines that were fed together."""
         if self._dropped:
             return
-        numbers = [gathering.numbers[i] for i in column.which]
+        numbers = [gathering.whose[i] for i in column.which]
         written = answers(gathering.model, column, [self._plain.pop(number) for number in numbers])
         self._begun.update(zip(numbers, written, strict=True))
         self._news.set()
 
     def ended(self, gathering: Gathering, i: int, event: Event) -> None:
         """Take what became of a line that was parted from the others: it goes on by itself."""
-        number = gathering.numbers[i]
+        number = gathering.whose[i]
         if not self._dropped:
             self._begun[number] = self._parted(gathering, Line(number, self._raw[number]), event)
             self._news.set()
@@ -289,10 +256,13 @@ class Bulk:
     def _begin_line(self, line: Line) -> None:
         """Feed a line, unless it has to wait for the one before it of the same session."""
         self._begun[line.number] = line
-        if line.before < self._next:
+        before = self._newest.get(line.session, -1) if line.session is not None else -1
+        if line.session is not None:
+            self._newest[line.session] = line.number
+        if before < self._next:
             self._follow(line)
         else:
-            self._waiting[line.before] = line
+            self._waiting[before] = line
 
     def _follow(self, line: Line) -> None:
         if line.session not in self._refused:

@@ -4,19 +4,24 @@ What is plain here is a subset of what a `StepsBody` may say, and means the same
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
 from service.api.responses import line_of
-from service.api.sessions import answer_line, fed_answer
+from service.api.sessions import Shown, answer_line, fed_answer
 from service.feeding import done_at, fed_of, shown_together
 from service.registry import Model
 from service.work.events import Column
 
+T = TypeVar("T")
+
 
 class PlainStep(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """One step, and what is shown of it; the fields are those of `StepsBody`."""
+    """One step, and what is shown of it; the fields are those of `StepsBody`, but two."""
+
+    version: ClassVar[None] = None
+    seed: ClassVar[None] = None
 
     inputs: Any
     position: int | None = None
@@ -31,7 +36,27 @@ class PlainLine(PlainStep, forbid_unknown_fields=True, gc=False, kw_only=True):
     session: str
 
 
-def answers(model: Model, column: Column, asked: Sequence[PlainStep]) -> list[bytes]:
+_STEP, _LINE = msgspec.json.Decoder(PlainStep), msgspec.json.Decoder(PlainLine)
+
+
+def plain_step(body: bytes) -> PlainStep | None:
+    """A body that says one step, as far as can be seen; None: pydantic has to see it."""
+    return _read(_STEP, body)
+
+
+def plain_line(raw: bytes) -> PlainLine | None:
+    """The same for a line of many sessions'."""
+    return _read(_LINE, raw)
+
+
+def _read(decoder: msgspec.json.Decoder[T], data: bytes) -> T | None:
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def answers(model: Model, column: Column, asked: Sequence[Shown]) -> list[bytes]:
     """The answers to those of a column, each a line of JSON; `asked`: one a place."""
     wanted = [None if one.predictions == "none" else one.alternatives for one in asked]
     shown = shown_together(model, column, wanted)

@@ -99,6 +99,30 @@ class Shown(Protocol):
         """How many likely symbols."""
 
 
+class Asked(Shown, Protocol):
+    """What a request asks to be fed."""
+
+    @property
+    def inputs(self) -> object:
+        """The sequence."""
+
+    @property
+    def position(self) -> int | None:
+        """Where the session is believed to stand."""
+
+    @property
+    def model(self) -> str | None:
+        """What a new session is of."""
+
+    @property
+    def version(self) -> int | None:
+        """Of the model."""
+
+    @property
+    def seed(self) -> int | None:
+        """Of a new session."""
+
+
 class ForecastBody(Strict):
     """How far to look ahead."""
 
@@ -228,7 +252,7 @@ async def steps(request: Request, session_id: SessionId) -> Response:
     return await while_connected(request, sessions.replies.once(keyed, fresh, replay))
 
 
-def feed_of(body: StepsBody, keyed: Keyed | None = None) -> tuple[Inputs, Opening]:
+def feed_of(body: Asked, keyed: Keyed | None = None) -> tuple[Inputs, Opening]:
     """What is fed, and into which session."""
 
     kept = _kept_of(body, keyed) if keyed is not None else None
@@ -236,7 +260,7 @@ def feed_of(body: StepsBody, keyed: Keyed | None = None) -> tuple[Inputs, Openin
     return inputs, Opening(body.model, body.version, body.seed, body.position)
 
 
-def _kept_of(body: StepsBody, keyed: Keyed) -> Callable[[Model], KeptAnswer]:
+def _kept_of(body: Shown, keyed: Keyed) -> Callable[[Model], KeptAnswer]:
     return lambda model: KeptAnswer(keyed, lambda done: steps_answer(Fed(model, done, head_of(done)), body))
 
 

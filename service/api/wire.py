@@ -6,6 +6,8 @@ once, byte by byte the same but for the session, is known when it comes again.
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -13,11 +15,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from service import metrics, tracing
 from service.api import errors
 from service.api.auth import EVERYTHING
+from service.api.columns import PlainStep, answers, plain_step
 from service.api.limits import steps_in
 from service.api.sessions import StepsBody, answer_line, feed_of, written
-from service.feeding import Feeding
+from service.feeding import Fed, Feeding, Gathering, fed_of
 from service.run import Race
 from service.session import Sessions
+from service.store.base import Key
+from service.work.events import Column, Event
 
 MAX_BODY = 64 * 1024
 UNUSUAL = frozenset(
@@ -42,41 +47,69 @@ class _Nobody:
 
 
 class Step:
-    """A step that has begun, in the place of uvicorn's cycle of a request and its response."""
+    """A feed that has begun, in the place of uvicorn's cycle of a request and its response.
 
-    __slots__ = ("body", "disconnected", "feeding", "keep_alive", "protocol", "response_complete", "tenant")
+    A plain step is part of a `gathering`; anything else is a `feeding`.
+    """
+
+    __slots__ = (
+        "body",
+        "disconnected",
+        "feeding",
+        "gathering",
+        "keep_alive",
+        "key",
+        "place",
+        "protocol",
+        "response_complete",
+    )
 
     message_event = _Nobody()
 
-    def __init__(self, protocol: "Wire", tenant: str, body: StepsBody, feeding: Feeding) -> None:
+    def __init__(self, protocol: "Wire", key: Key, body: PlainStep | StepsBody) -> None:
         self.protocol = protocol
-        self.tenant = tenant
+        self.key = key
         self.body = body
-        self.feeding = feeding
+        self.feeding: Feeding | None = None
+        self.gathering: Gathering | None = None
+        self.place = 0
         self.keep_alive = True
         self.disconnected = False
         self.response_complete = False
 
+    def drop(self) -> None:
+        """Feed nothing if that is still possible: nobody waits for it."""
+        if self.feeding is not None:
+            self.feeding.drop()
+        if self.gathering is not None:
+            self.gathering.drop((self.place,))
+
     def ended(self) -> None:
+        """Answer what was fed alone."""
+        assert self.feeding is not None
+        self.told(self.feeding.result)
+
+    def told(self, result: Callable[[], Fed]) -> None:
         """Answer."""
         try:
-            answer = answer_line(self.feeding.result(), self.body)
+            answer = answer_line(result(), self.body)
         except Race:
             self.protocol.again(self)
         except Exception as error:
             self.refuse(error)
         else:
-            self._answered(answer)
+            self.answered(answer)
 
     async def again(self, sessions: Sessions) -> None:
         """Somebody else moved the session first: try again, as the application does."""
-        key, (inputs, opening) = self.feeding.at.key, feed_of(self.body)
+        inputs, opening = feed_of(self.body)
         try:
-            answer = await written(await sessions.replies.again(lambda: sessions.feed(key, inputs, opening)), self.body)
+            fed = await sessions.replies.again(lambda: sessions.feed(self.key, inputs, opening))
+            answer = await written(fed, self.body)
         except Exception as error:
             self.refuse(error)
         else:
-            self._answered(answer)
+            self.answered(answer)
 
     def refuse(self, error: Exception) -> None:
         """Answer with a problem."""
@@ -86,14 +119,33 @@ class Step:
         headers = b"".join([b"%b: %b\r\n" % header for header in answer.raw_headers])
         self.protocol.answer(self, STATUS_LINE[answer.status_code], headers, bytes(answer.body))
 
-    def _answered(self, answer: bytes) -> None:
+    def answered(self, answer: bytes) -> None:
+        """Answer with what was fed."""
         _ANSWERED.inc()
         self._count(200)
         self.protocol.answer(self, _OK, _JSON % len(answer), answer)
 
     def _count(self, status: int) -> None:
-        if self.tenant:
-            metrics.TENANT_REQUESTS.labels(self.tenant, str(status)).inc()
+        if self.key[0]:
+            metrics.TENANT_REQUESTS.labels(self.key[0], str(status)).inc()
+
+
+class _Steps:
+    """Who is told of the steps of all connections (`Told`)."""
+
+    def fed(self, gathering: Gathering, column: Column) -> None:
+        """Answer those that were fed together."""
+        steps: list[Step] = [gathering.whose[i] for i in column.which]
+        for step, answer in zip(steps, answers(gathering.model, column, [step.body for step in steps]), strict=True):
+            step.answered(answer)
+
+    def ended(self, gathering: Gathering, i: int, event: Event) -> None:
+        """Answer one that was parted from the others."""
+        step: Step = gathering.whose[i]
+        step.told(partial(fed_of, gathering.model, event))
+
+
+_TOLD = _Steps()
 
 
 class Wire(HttpToolsProtocol):
@@ -193,7 +245,7 @@ class Wire(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Feed nothing if that is still possible: nobody waits for it."""
         if self._step is not None:
-            self._step.feeding.drop()
+            self._step.drop()
         super().connection_lost(exc)
 
     # ------------------------------------------------------------------ a step
@@ -236,16 +288,34 @@ class Wire(HttpToolsProtocol):
             tenant = state.keys.tenant_of(authorization)
             if tenant.allowed is not EVERYTHING:
                 return None  # the door counts, and says on the answer what is left
-            body = StepsBody.model_validate_json(content)
-            feeding = state.sessions.feed_now((tenant.name, session_id), *feed_of(body))
+            step = self._begin_plain(state.sessions, (tenant.name, session_id), content)
+            if step is None:
+                step = self._begin_other(state.sessions, (tenant.name, session_id), content)
         except Exception:
             return None  # the application meets the same, and answers it
+        if step is not None and tenant.name:
+            metrics.TENANT_STEPS.labels(tenant.name).inc(steps_in(step.body.inputs))
+        return step
+
+    def _begin_plain(self, sessions: Sessions, key: Key, content: bytes) -> Step | None:
+        """Begin one step of a session that waits for nothing, in columns with those of the other connections."""
+        body = plain_step(content)
+        if body is None:
+            return None
+        step = Step(self, key, body)
+        step.gathering = sessions.step(key, body, _TOLD, step)
+        if step.gathering is None:
+            return None
+        step.place = len(step.gathering) - 1
+        return step
+
+    def _begin_other(self, sessions: Sessions, key: Key, content: bytes) -> Step | None:
+        body = StepsBody.model_validate_json(content)
+        feeding = sessions.feed_now(key, *feed_of(body))
         if feeding is None:
             return None
-        if tenant.name:
-            metrics.TENANT_STEPS.labels(tenant.name).inc(steps_in(body.inputs))
-        step = Step(self, tenant.name, body, feeding)
-        feeding.then = step.ended
+        step = Step(self, key, body)
+        step.feeding, feeding.then = feeding, step.ended
         return step
 
     def again(self, step: Step) -> None:
