@@ -326,7 +326,7 @@ class Wire(HttpToolsProtocol):
 
     def answer(self, step: Step, status: bytes, headers: bytes, body: bytes) -> None:
         """Write an answer in one part, together with those of the other connections that come in the same turn."""
-        self._step = None
+        self._step = step.gathering = None  # which holds the step: a cycle would keep both
         end = b"\r\n" if step.keep_alive else b"connection: close\r\n\r\n"
         if not Wire._written:
             self.loop.call_soon(Wire._send)
