@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service import metrics, tracing
 from service.api import errors
-from service.api.auth import EVERYTHING
+from service.api.auth import EVERYTHING, Keys
 from service.api.columns import PlainStep, answers, plain_step
 from service.api.limits import steps_in
 from service.api.sessions import StepsBody, answer_line, feed_of, written
@@ -122,6 +122,10 @@ class Step:
     def answered(self, answer: bytes) -> None:
         """Answer with what was fed."""
         _ANSWERED.inc()
+        self.write(answer)
+
+    def write(self, answer: bytes) -> None:
+        """The same, counted already."""
         self._count(200)
         self.protocol.answer(self, _OK, _JSON % len(answer), answer)
 
@@ -136,8 +140,10 @@ class _Steps:
     def fed(self, gathering: Gathering, column: Column) -> None:
         """Answer those that were fed together."""
         steps: list[Step] = [gathering.whose[i] for i in column.which]
-        for step, answer in zip(steps, answers(gathering.model, column, [step.body for step in steps]), strict=True):
-            step.answered(answer)
+        written = answers(gathering.model, column, [step.body for step in steps])
+        _ANSWERED.inc(len(steps))
+        for step, answer in zip(steps, written, strict=True):
+            step.write(answer)
 
     def ended(self, gathering: Gathering, i: int, event: Event) -> None:
         """Answer one that was parted from the others."""
@@ -161,7 +167,11 @@ class Wire(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (uvicorn's)
         super().__init__(*args, **kwargs)
-        self._application = self.config.app
+        state = self.config.app.state  # type: ignore[union-attr]
+        self._sessions: Sessions = state.sessions
+        self._keys: Keys = state.keys
+        self._max_body: int = state.settings.max_body_bytes
+        self._max_head: int = state.settings.max_header_bytes
         self._session_id: str | None = None
         self._authorization: bytes | None = None
         self._body = bytearray()
@@ -178,7 +188,7 @@ class Wire(HttpToolsProtocol):
         end = data.find(b"\r\n\r\n", whole.end() - 2) + 4
         head, length = data[whole.end() : end], len(data) - end
         known = self._known.get(head)
-        if known is not None and known[0] == length and end <= self._greatest_head() and self._is_free():
+        if known is not None and known[0] == length and end <= self._max_head and self._is_free():
             step = self._begin(whole[1].decode("ascii"), data[end:], known[1])
             if step is not None:
                 self._unset_keepalive_if_required()
@@ -190,10 +200,6 @@ class Wire(HttpToolsProtocol):
         begun = self._step is not None and self._step is not before
         if begun and known is None and not self._within and len(head) <= MAX_KNOWN_BYTES:
             self._remember(head, length)
-
-    def _greatest_head(self) -> int:
-        """Bytes; a known head may come with a longer session id."""
-        return int(self._application.state.settings.max_header_bytes)  # type: ignore[union-attr]
 
     def on_known_step(self) -> None:
         """A step has begun whose request was not parsed."""
@@ -281,37 +287,35 @@ class Wire(HttpToolsProtocol):
 
     def _begin(self, session_id: str, content: bytes, authorization: bytes | None) -> Step | None:
         """Begin a step; None when it has to wait for something, or to be refused."""
-        state = self._application.state  # type: ignore[union-attr]
         try:
-            if len(content) > state.settings.max_body_bytes:
+            if len(content) > self._max_body:
                 return None
-            tenant = state.keys.tenant_of(authorization)
+            tenant = self._keys.tenant_of(authorization)
             if tenant.allowed is not EVERYTHING:
                 return None  # the door counts, and says on the answer what is left
-            step = self._begin_plain(state.sessions, (tenant.name, session_id), content)
-            if step is None:
-                step = self._begin_other(state.sessions, (tenant.name, session_id), content)
+            key = (tenant.name, session_id)
+            step = self._begin_plain(key, content) or self._begin_other(key, content)
         except Exception:
             return None  # the application meets the same, and answers it
         if step is not None and tenant.name:
             metrics.TENANT_STEPS.labels(tenant.name).inc(steps_in(step.body.inputs))
         return step
 
-    def _begin_plain(self, sessions: Sessions, key: Key, content: bytes) -> Step | None:
+    def _begin_plain(self, key: Key, content: bytes) -> Step | None:
         """Begin one step of a session that waits for nothing, in columns with those of the other connections."""
         body = plain_step(content)
         if body is None:
             return None
         step = Step(self, key, body)
-        step.gathering = sessions.step(key, body, _TOLD, step)
+        step.gathering = self._sessions.step(key, body, _TOLD, step)
         if step.gathering is None:
             return None
         step.place = len(step.gathering) - 1
         return step
 
-    def _begin_other(self, sessions: Sessions, key: Key, content: bytes) -> Step | None:
+    def _begin_other(self, key: Key, content: bytes) -> Step | None:
         body = StepsBody.model_validate_json(content)
-        feeding = sessions.feed_now(key, *feed_of(body))
+        feeding = self._sessions.feed_now(key, *feed_of(body))
         if feeding is None:
             return None
         step = Step(self, key, body)
@@ -320,7 +324,7 @@ class Wire(HttpToolsProtocol):
 
     def again(self, step: Step) -> None:
         """Run a step again that lost a race."""
-        task = self.loop.create_task(step.again(self._application.state.sessions))  # type: ignore[union-attr]
+        task = self.loop.create_task(step.again(self._sessions))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
