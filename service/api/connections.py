@@ -55,7 +55,7 @@ class Connection(Wire):
         super().__init__(*args, **kwargs)
         self._settings: Settings = self.config.app.state.settings  # type: ignore[union-attr]
         self._place = "head"
-        """what it is in the middle of: head, body, or answer"""
+        """what it is in the middle of: head, body or answer; rest: nothing, since a step was answered"""
         self._requests = 0
         self._received = 0
         """bytes of this request and what came with them"""
@@ -130,6 +130,12 @@ class Connection(Wire):
         """A request is there as a whole, and was not parsed."""
         self._place = "answer"
         self._requests += 1
+
+    def on_step_complete(self) -> None:
+        """A step is answered; how long the connection may rest is looked at once a second."""
+        if self._place == "answer" and not self.pipeline:  # else the next request has begun
+            self._place, self._received = "rest", 0
+        super().on_step_complete()
 
     def _is_free(self) -> bool:
         return not self._turned_away and super()._is_free()
@@ -209,6 +215,8 @@ class Connection(Wire):
                 self.cut("idle")
             case "head" if waited >= self._settings.head_wait_s:
                 self.refuse(Problem("request_timeout", "the request's head took too long"), "head")
+            case "rest" if waited >= self.timeout_keep_alive:
+                self.transport.close()
             case "body" if waited >= self._settings.body_wait_s:
                 self.refuse(Problem("request_timeout", "the request's body took too long"), "body")
 
@@ -224,7 +232,9 @@ class Connection(Wire):
         match self._place:
             case "head" if answered:
                 return ("head" if self._requests else "fresh", self._requests)
-            case "answer" if answered:
+            case "rest" if not self._received:
+                return ("rest", self._requests)
+            case "answer" | "rest" if answered:
                 return ("head", -self._requests)  # bytes after a request that begin none
             case "body":
                 return ("body", self._requests)

@@ -347,7 +347,15 @@ class Wire(HttpToolsProtocol):
                 wire.transport.write(answer)
                 if not step.keep_alive:
                     wire.transport.close()
-                wire.on_response_complete()
+                wire.on_step_complete()
+
+    def on_step_complete(self) -> None:
+        """A step is answered: as `on_response_complete`, but without a clock, which would cost a tenth of all."""
+        if self.pipeline:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self.flow.resume_reading()
 
     def _defaults(self) -> bytes:
         """The headers of every answer, written."""
