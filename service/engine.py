@@ -5,7 +5,7 @@ Large folds are begun ahead: the commit and the replies of one are made while th
 """
 
 import threading
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from service.state import Array, Row
 from service.store.base import (
     Applied,
     Change,
+    Conflict,
     Head,
     Key,
     Line,
@@ -611,8 +612,7 @@ def _leads_to(known: Head, held: Head) -> bool:
 
 
 def _count(results: Sequence[Result | Problem]) -> None:
-    applied = sum(isinstance(result, Applied) for result in results)
-    failed = sum(isinstance(result, Problem) for result in results)
-    for kind, number in (("applied", applied), ("failed", failed), ("conflict", len(results) - applied - failed)):
-        if number:
-            metrics.COMMITS.labels(kind).inc(number)
+    kinds = Counter(map(type, results))
+    for kind, outcome in ((Applied, "applied"), (Problem, "failed"), (Conflict, "conflict")):
+        if kinds[kind]:
+            metrics.COMMITS.labels(outcome).inc(kinds[kind])

@@ -421,9 +421,9 @@ def stepped(step: Step, stored: Head, now: int) -> Stepped:
         head,
         position=head.position + 1,
         created_ms=stored.created_ms,
-        updated_ms=max(now, stored.updated_ms),
+        updated_ms=now if now > stored.updated_ms else stored.updated_ms,
         commit_id=_random.getrandbits(64).to_bytes(8),
-        generation=abandoned(head),
+        generation=abandoned(head) if head.generation is not None else None,
     )
     return Stepped(after, step.data, step.numerics)
 

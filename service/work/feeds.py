@@ -12,7 +12,7 @@ from service.pool import Slot
 from service.state import Array, Row
 from service.store.base import Applied, Change, Head, Key, Result, Step
 from service.tasks import Output
-from service.work.base import PARK_AFTER, Host, NewSession, Resident, Work, all_finite, begun, numeric_fault, own
+from service.work.base import PARK_AFTER, Host, NewSession, Resident, Work, all_finite, begun, numeric_fault
 from service.work.events import Column, Event, Failed, Listener, LostRace
 from service.work.feed import Feed
 
@@ -102,7 +102,7 @@ class Feeds(Work):
     def _base(self, at: Head | NewSession) -> Resident | None:
         """The session to begin on; None: there is more to do with it."""
         try:
-            base = begun(self._host, at)
+            base = self._host.resident(at) if isinstance(at, Head) else begun(self._host, at)
         except Exception:
             return None  # it meets the same on its own, and is told
         due = base.folded - base.snapshot_at >= self._snapshot_every
@@ -190,7 +190,7 @@ class Feeds(Work):
             self._keep([isinstance(result, Applied) for result in results])
         if heads:
             self._answer(heads)
-        return [*((key, None) for key in lost), *((one.head.key, one) for one in self._residents(heads))]
+        return [*((key, None) for key in lost), *zip(self.keys, self._residents(heads), strict=True)]
 
     def _answer(self, heads: Sequence[Head]) -> None:
         created = [isinstance(self._asked.ats[i], NewSession) for i in self._which]
@@ -213,8 +213,9 @@ class Feeds(Work):
         none = self._host.codec.none()
         for i, (head, base, row, last) in enumerate(zip(heads, self._bases, self._after, self.entries, strict=True)):
             behind = (base.folded, base.row) if base.folded + 1 - base.snapshot_at > PARK_AFTER else None
+            kept: Row = row if isinstance(row, Slot) else state.own(row)
             said = row if isinstance(row, Slot) else {name: array[i].copy() for name, array in self._outputs.items()}
-            yield Resident(head, own(row), base.folded + 1, none, said, last, base.snapshot_at, behind)
+            yield Resident(head, kept, base.folded + 1, none, said, last, base.snapshot_at, behind)
 
     def halt(self) -> None:
         """Let those go that nobody waits for; the others go on."""
