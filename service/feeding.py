@@ -204,13 +204,14 @@ class Gathering:
 
     def __init__(self, turns: dict[Key, Turn], told: Told, model: Model) -> None:
         self.model = model
+        self.told = told
         self.whose: list[Any] = []
         """what each is to the one who is told"""
         self.keys: list[Key] = []
         self.ats: list[Head] = []
         self._entries: list[int | list[float]] = []
         self._turns = turns
-        self._told = told
+        self._most = model.engine.max_batch
         self._trace = tracing.current()
         self._work: Work | None = None
         """what those are part of that go together"""
@@ -220,10 +221,15 @@ class Gathering:
     def __len__(self) -> int:
         return len(self.ats)
 
-    def add(self, head: Head, entry: int | list[float], whose: object) -> None:
+    @property
+    def full(self) -> bool:
+        """Whether it is a batch."""
+        return len(self.ats) >= self._most
+
+    def add(self, key: Key, head: Head, entry: int | list[float], whose: object) -> None:
         """Take one more in, whose turn it is."""
         self.whose.append(whose)
-        self.keys.append(head.key)
+        self.keys.append(key)
         self.ats.append(head)
         self._entries.append(entry)
 
@@ -241,7 +247,7 @@ class Gathering:
         self._work = None  # it holds this listener: a cycle would keep both
         for i in event.which:
             leave(self._turns, self.keys[i])
-        self._told.fed(self, event)
+        self.told.fed(self, event)
 
     def alone(self, i: int) -> Listener:
         """Who takes what became of one alone."""
@@ -250,7 +256,7 @@ class Gathering:
     def _ended(self, i: int, event: Event) -> None:
         self._alone.pop(i, None)
         leave(self._turns, self.keys[i])
-        self._told.ended(self, i, event)
+        self.told.ended(self, i, event)
 
     def part_of(self, i: int, work: Work) -> None:
         """Note what one is part of; called on the engine's thread."""
@@ -284,6 +290,7 @@ class Outbox:
         self._waiting: dict[Engine, list[Sequence[Work]]] = {}
         self._feedings: dict[Engine, list[Feeding]] = {}
         self._gathering: dict[tuple[Engine, Told], list[Gathering]] = {}
+        self._newest: Gathering | None = None
 
     def put(self, engine: Engine, works: Sequence[Work]) -> None:
         """Submit work that begins at the same time, all or none; a refusal reaches its listeners."""
@@ -295,13 +302,16 @@ class Outbox:
         self._flush_soon()
         self._feedings.setdefault(feeding.model.engine, []).append(feeding)
 
-    def step(self, told: Told, model: Model, head: Head, entry: int | list[float], whose: object) -> Gathering:
-        """Submit a step of a session whose turn it is, in columns with the others of whom is told."""
+    def gathering(self, told: Told, model: Model) -> Gathering:
+        """Where steps of which one is told are gathered until this turn of the event loop ends, or a batch is full."""
+        newest = self._newest
+        if newest is not None and newest.told is told and newest.model is model and not newest.full:
+            return newest
         self._flush_soon()
         gatherings = self._gathering.setdefault((model.engine, told), [])
-        if not gatherings or len(gatherings[-1]) == model.engine.max_batch:
+        if not gatherings or gatherings[-1].full:
             gatherings.append(Gathering(self._turns, told, model))
-        gatherings[-1].add(head, entry, whose)
+        self._newest = gatherings[-1]
         return gatherings[-1]
 
     def _flush_soon(self) -> None:
@@ -311,7 +321,7 @@ class Outbox:
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, {}
         feedings, self._feedings = self._feedings, {}
-        gathering, self._gathering = self._gathering, {}
+        gathering, self._gathering, self._newest = self._gathering, {}, None
         for engine, those in feedings.items():
             size = engine.max_batch
             parts = [those[begin : begin + size] for begin in range(0, len(those), size)]

@@ -286,7 +286,8 @@ class Sessions:
 
         None where the session is new, busy or not in memory, and for whatever would be refused: nothing is here.
         """
-        head = self.store.peek(key)
+        now = now_ms()
+        head = self.store.peek(key, now)
         if head is None or head is UNREAD or key in self._turns or self.draining or not _may_step(head, step):
             return None
         model = self.registry.find(head)
@@ -295,8 +296,10 @@ class Sessions:
         entry = model.engine.codec.single(step.inputs)
         if entry is None:
             return None
-        self._turns[key] = Turn(now_ms())
-        return self._outbox.step(told, model, head, entry, whose)
+        self._turns[key] = Turn(now)
+        gathering = self._outbox.gathering(told, model)
+        gathering.add(key, head, entry, whose)
+        return gathering
 
     async def _feed_later(self, key: Key, inputs: Inputs, opening: Opening) -> Feeding:
         place = self.turn(key)
@@ -569,7 +572,7 @@ def _may_step(head: Head, step: Step) -> bool:
         head.status == "live"
         and (step.model is None or step.model == head.model)
         and (step.position is None or step.position == head.position)
-        and not _owes_an_answer(head)
+        and (head.generation is None or not _owes_an_answer(head))
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from service import bytepairs
 from service.bundle import Feature, Manifest
 from service.errors import Problem, invalid
-from service.sampling import log_softmax
+from service.sampling import log_probability, log_softmax
 from service.state import Array
 from service.tensors import Tensors
 
@@ -331,7 +331,7 @@ class Codec:
     def _surprise(self, expected: Array, entries: Array) -> Array | None:
         """How unexpected each entry was, [n] float64; NaN where nothing was predicted."""
         if self.manifest.task == "language-model":
-            return -np.asarray(log_softmax(expected)[np.arange(len(entries)), entries])
+            return -log_probability(expected, entries)
         return self._pinball(expected, entries)
 
     def _pinball(self, quantiles: Array, entries: Array) -> Array | None:

@@ -156,37 +156,61 @@ class Bulk:
 
     async def _answer_until(self, most: int, send: Send) -> None:
         """Answer the lines that can be answered at once, and others until no more than `most` are under way."""
-        answered = 0
-        while self._begun and (len(self._begun) > most or self._is_ready()):
-            if self._parts and (len(self._parts) >= PART_BYTES or not self._is_ready()):
-                await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": True})
-                self._parts.clear()
-            self._parts += await self._next_answer()
-            answered += 1
-            if answered % SLICE == 0:
+        while self._begun:
+            self._take_written()
+            if isinstance(self._begun.get(self._next), bytes):
+                if len(self._parts) >= PART_BYTES:
+                    await self._send_part(send)
                 await asyncio.sleep(0)
+                continue
+            ready = self._is_ready()
+            if not self._begun or not (ready or len(self._begun) > most):
+                return
+            if self._parts and not ready:
+                await self._send_part(send)
+            await self._take_next()
 
-    def _is_ready(self) -> bool:
-        """Whether the next answer can be had without waiting."""
-        begun = self._begun[self._next]
-        return isinstance(begun, bytes) or (isinstance(begun, Line) and begun.ready)
+    def _take_written(self) -> None:
+        """Answer lines whose answers are written: a slice of them, or what makes a part."""
+        begun, parts, number = self._begun, self._parts, self._next
+        end = number + SLICE
+        while number < end and len(parts) < PART_BYTES and isinstance(answer := begun.get(number), bytes):
+            parts += answer
+            del begun[number]
+            number += 1
+            self._next = number
+            if self._waiting:
+                self._wake_next(number - 1)
 
-    async def _next_answer(self) -> bytes:
+    async def _take_next(self) -> None:
+        """Answer the next line, when it has ended."""
         while isinstance(begun := self._begun[self._next], Gathering):
             self._news.clear()
             await self._news.wait()
-        if isinstance(begun, Line):
-            answer = self._answer_now(begun) or await self._answer(begun)
-            begun.feeding, begun.task = None, None
-            if begun.problem is not None and begun.session is not None:
-                self._refused.add(begun.session)
-        else:
-            answer = begun
+        if isinstance(begun, bytes):
+            return
+        self._parts += self._answer_now(begun) or await self._answer(begun)
+        begun.feeding, begun.task = None, None
+        if begun.problem is not None and begun.session is not None:
+            self._refused.add(begun.session)
         del self._begun[self._next]
         self._next += 1
-        if self._waiting and (line := self._waiting.pop(self._next - 1, None)) is not None:
+        self._wake_next(self._next - 1)
+
+    def _wake_next(self, number: int) -> None:
+        """Begin the line that has waited for one."""
+        line = self._waiting.pop(number, None)
+        if line is not None:
             self._follow(line)
-        return answer
+
+    def _is_ready(self) -> bool:
+        """Whether the next answer can be had without waiting."""
+        begun = self._begun.get(self._next)
+        return isinstance(begun, bytes) or (isinstance(begun, Line) and begun.ready)
+
+    async def _send_part(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": True})
+        self._parts.clear()
 
     async def drop(self) -> None:
         """Feed nothing more: nobody waits for it."""
@@ -200,6 +224,7 @@ class Bulk:
                 line.feeding.drop()
         for gathering in {id(one): one for one in under_way if isinstance(one, Gathering)}.values():
             gathering.drop(range(len(gathering)))
+        self._begun.clear()  # they hold this request: a cycle would keep all
         if tasks:
             await asyncio.wait(tasks)
 

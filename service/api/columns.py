@@ -62,8 +62,10 @@ def answers(model: Model, column: Column, asked: Sequence[Shown]) -> list[bytes]
     shown = shown_together(model, column, wanted)
     found: list[bytes] = []
     for i, (head, created, prediction) in enumerate(zip(column.heads, column.created, shown, strict=True)):
-        if prediction is None and wanted[i] is not None:
-            found.append(answer_line(fed_of(model, done_at(column, i, True)), asked[i]))
+        if prediction is not None:
+            found.append(line_of(fed_answer(head, 1, created, [prediction])))
+        elif wanted[i] is None:
+            found.append(line_of(fed_answer(head, 1, created, [])))
         else:
-            found.append(line_of(fed_answer(head, 1, created, [prediction] if prediction is not None else [])))
+            found.append(answer_line(fed_of(model, done_at(column, i, True)), asked[i]))
     return found

@@ -301,7 +301,8 @@ def steps_answer(fed: Fed, body: Shown) -> dict[str, Any]:
 
 def fed_answer(head: Head, steps: int, created: bool, predictions: list[dict[str, Any]]) -> dict[str, Any]:
     """The answer to a feed of so many steps after which the session stands at `head`."""
-    answer = where(head) | {"steps": steps}
+    answer = where(head)
+    answer["steps"] = steps
     if created:
         answer["created"] = True
     answer["predictions"] = predictions

@@ -9,7 +9,7 @@ else back. The answer to a request with a key is kept in the commit that the req
 
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -154,7 +154,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
 
     def at(self, now_ms: int) -> "Head":
         """The head as it is at `now_ms`: expired when its time has passed."""
-        if self.status == "live" and self.expires_ms is not None and now_ms >= self.expires_ms:
+        if self.ttl_s and self.status == "live" and self.expires_ms is not None and now_ms >= self.expires_ms:
             return msgspec.structs.replace(tombstone(self, "expired"), updated_ms=self.expires_ms)
         return self
 
@@ -278,11 +278,29 @@ class Stepped(msgspec.Struct, frozen=True, array_like=True, gc=False):
     data: bytes
     numerics: str
 
+    @property
     def segment(self) -> Segment:
         """Its entry of the log."""
-        head = self.head
-        times = ((1, head.updated_ms),)
-        return Segment(head.branch, head.position - 1, 1, "fed", self.data, self.numerics, times)
+        return _run_of([self])
+
+    def follows(self, before: "Stepped") -> bool:
+        """Whether it is the next entry of the same branch, by the same arithmetic."""
+        head, other = self.head, before.head
+        return head.position == other.position + 1 and head.branch == other.branch and self.numerics == before.numerics
+
+
+def _run_of(steps: Sequence[Stepped]) -> Segment:
+    """Steps of which each follows the one before it, as one segment."""
+    first = steps[0].head
+    return Segment(
+        branch=first.branch,
+        start=first.position - 1,
+        count=len(steps),
+        source="fed",
+        data=b"".join([step.data for step in steps]),
+        numerics=steps[0].numerics,
+        at_ms=tuple([(1, step.head.updated_ms) for step in steps]),
+    )
 
 
 Change = Commit | Step
@@ -546,6 +564,21 @@ def join(segments: Sequence[Segment]) -> list[Segment]:
             run = []
         run.append(segment)
     return joined + ([_merge(run)] if run else [])
+
+
+def together(written: Iterable[Segment | Stepped]) -> Iterator[Segment]:
+    """The same in segments: steps that follow each other are one."""
+    run: list[Stepped] = []
+    for one in written:
+        if run and not (isinstance(one, Stepped) and one.follows(run[-1])):
+            yield _run_of(run)
+            run = []
+        if isinstance(one, Stepped):
+            run.append(one)
+        else:
+            yield one
+    if run:
+        yield _run_of(run)
 
 
 def _continues(left: Segment, right: Segment) -> bool:

@@ -70,7 +70,7 @@ class MemoryStore:
         if stored is None or not may_step(change, stored):
             return Conflict(stored.at(now) if stored is not None else None)
         new = stepped(change, stored, now)
-        self._log.setdefault(new.head.branch, []).append(new.segment())
+        self._log.setdefault(new.head.branch, []).append(new.segment)
         self._heads[key] = new.head
         return Applied(new.head)
 

@@ -4,7 +4,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from service.store.base import UNREAD, Commit, Head, Key, Line, Reply, Segment, Snapshot, Stepped, Unread
+from service.store.base import (
+    UNREAD,
+    Commit,
+    Head,
+    Key,
+    Line,
+    Reply,
+    Segment,
+    Snapshot,
+    Stepped,
+    Unread,
+    join,
+    together,
+)
 from service.store.sqlite.rows import Batch, ReplyKey, reply_key
 
 CACHED_HEADS = 16_384
@@ -32,8 +45,8 @@ class Unspread:
 
     @property
     def segments(self) -> list[Segment]:
-        """The entries of the log."""
-        return [one.segment() if isinstance(one, Stepped) else one for one in self.written]
+        """The entries of the log, in as few segments as they fit in."""
+        return join(list(together(self.written)))
 
 
 @dataclass(slots=True)

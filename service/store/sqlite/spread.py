@@ -128,7 +128,7 @@ class Spreader:
     def _spread_slice(self, keys: Sequence[Key]) -> None:
         entries = [self._overlay.sessions[key] for key in keys]
         with self._tables.transaction():
-            segments = [segment for entry in entries for segment in join(entry.segments)]
+            segments = [segment for entry in entries for segment in entry.segments]
             self._tables.insert("log", [segment_row(one) for one in self._onto_last_rows(segments)])
             snapshots = [snapshot for entry in entries for snapshot in entry.snapshots]
             self._tables.insert("snapshots", [snapshot_row(one) for one in snapshots])
