@@ -227,6 +227,11 @@ class Codec:
         """A symbol as people read it."""
         return self._texts[symbol]
 
+    def texts(self, symbols: Sequence[int]) -> list[str]:
+        """The same of each of many."""
+        texts = self._texts
+        return [texts[symbol] for symbol in symbols]
+
     # ------------------------------------------------------------------ outputs
 
     def predictions(
@@ -457,7 +462,7 @@ class TextStream:
     def extend(self, tokens: Sequence[int]) -> tuple[list[str], bool]:
         """What `push` gives for each, up to the one at which a stop string ended it."""
         if not self._stop:
-            return [self._piece(token) for token in tokens], False
+            return self._pieces(tokens), False
         texts = []
         for token in tokens:
             text, stopped = self.push(token)
@@ -470,6 +475,11 @@ class TextStream:
         """The text still held back, once no token can follow."""
         text, self._held = self._held, ""
         return text + (self._decoder.decode(b"", final=True) if self._decoder is not None else "")
+
+    def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        if self._decoder is not None or self._separator:
+            return [self._piece(token) for token in tokens]
+        return self._codec.texts(tokens)
 
     def _piece(self, token: int) -> str:
         """A token's own text: nothing while a character is not whole."""
