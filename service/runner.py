@@ -77,26 +77,28 @@ class Runner:
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
-        return self._fold(entries, rows)
+        return self._fold(entries, pool.stack(self.manifest.states, rows))
 
     def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
-        """Begin the same in another thread; what is begun is run one after another."""
-        return self._beside.submit(self._fold, entries, rows)
+        """Begin the same in another thread; what is begun is run one after another.
+
+        The states are gathered before: the other thread waits for the GIL often enough.
+        """
+        return self._beside.submit(self._fold, entries, pool.stack(self.manifest.states, rows))
 
     def end(self, begun: Begun) -> Folded:
         """Wait for what was begun."""
         folded: Folded = begun.result()
         return folded
 
-    def _fold(self, entries: Array, rows: Sequence[Row]) -> Folded:
-        """Gather, run and keep in one thread: what one core has just written costs another one dear."""
-        states = pool.stack(self.manifest.states, rows)
+    def _fold(self, entries: Array, states: list[Array]) -> Folded:
+        """Run and keep in one thread: what one core has just written costs another one dear."""
         began = perf_counter()
         outputs, states = self._call(entries, states)
         seconds = perf_counter() - began
         named = self._named(outputs)
         last = {name: array[-1] for name, array in named.items()}
-        kept = self._pool.keep(states, last, len(rows)) if self._pool is not None else None
+        kept = self._pool.keep(states, last, entries.shape[1]) if self._pool is not None else None
         after = kept if kept is not None else state.unstack(self.manifest.states, states)
         return Folded(named, after, self._finite((*outputs, *states)), seconds)
 
