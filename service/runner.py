@@ -77,28 +77,29 @@ class Runner:
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
-        return self._fold(entries, pool.stack(self.manifest.states, rows))
+        return self._kept(*self._timed(entries, pool.stack(self.manifest.states, rows)))
 
     def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
         """Begin the same in another thread; what is begun is run one after another.
 
-        The states are gathered before: the other thread waits for the GIL often enough.
+        That thread does nothing but run the graph: for anything else it would have to wait for the GIL.
         """
-        return self._beside.submit(self._fold, entries, pool.stack(self.manifest.states, rows))
+        return self._beside.submit(self._timed, entries, pool.stack(self.manifest.states, rows))
 
     def end(self, begun: Begun) -> Folded:
         """Wait for what was begun."""
-        folded: Folded = begun.result()
-        return folded
+        return self._kept(*begun.result())
 
-    def _fold(self, entries: Array, states: list[Array]) -> Folded:
-        """Run and keep in one thread: what one core has just written costs another one dear."""
+    def _timed(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array], float]:
         began = perf_counter()
         outputs, states = self._call(entries, states)
-        seconds = perf_counter() - began
+        return outputs, states, perf_counter() - began
+
+    def _kept(self, outputs: list[Array], states: list[Array], seconds: float) -> Folded:
+        """What a call gave, its states in slots."""
         named = self._named(outputs)
         last = {name: array[-1] for name, array in named.items()}
-        kept = self._pool.keep(states, last, entries.shape[1]) if self._pool is not None else None
+        kept = self._pool.keep(states, last, outputs[0].shape[1]) if self._pool is not None else None
         after = kept if kept is not None else state.unstack(self.manifest.states, states)
         return Folded(named, after, self._finite((*outputs, *states)), seconds)
 
