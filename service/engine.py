@@ -326,7 +326,7 @@ class Engine:
     def _abort(self, works: list[Work]) -> None:
         for work in works:
             for key in work.keys:
-                self._hold(key, None)
+                self._hold((key, None))
             if not work.finished:
                 work.end(Failed(Problem("internal", "the service failed on this request")))
 
@@ -457,8 +457,7 @@ class Engine:
             end = 0
             for work, commits in due:
                 begin, end = end, end + len(commits)
-                for key, resident in work.settled(results[begin:end]):
-                    self._hold(key, resident)
+                self._hold(*work.settled(results[begin:end]))
             _count(results)
 
     def _committed(self, due: Sequence[Change], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
@@ -511,7 +510,7 @@ class Engine:
             held = self._load(known)
         elif held.head.position == known.position:
             held = msgspec.structs.replace(held, head=known)  # what is said of a session may change without a step
-        self._hold(known.key, held)
+        self._hold((known.key, held))
         return held
 
     def forget(self, key: Key) -> None:
@@ -574,15 +573,17 @@ class Engine:
         """An epoch that this id has never had."""
         return self._store.next_epoch(key)
 
-    def _hold(self, key: Key, resident: Resident | None) -> None:
-        if resident is None:
-            if self._residents.pop(key, None) is not None:
+    def _hold(self, *held: tuple[Key, Resident | None]) -> None:
+        """Keep sessions in memory as they are now (None: not any more); park those that were not used for longest."""
+        residents = self._residents
+        for key, resident in held:
+            if resident is not None:
+                residents[key] = resident
+                residents.move_to_end(key)
+            elif residents.pop(key, None) is not None:
                 self._discarded.inc()
-            return
-        self._residents[key] = resident
-        self._residents.move_to_end(key)
-        if len(self._residents) > self._max_resident:
-            self._park(self._residents.popitem(last=False)[1])
+        while len(residents) > self._max_resident:
+            self._park(residents.popitem(last=False)[1])
 
     def _park(self, resident: Resident) -> None:
         """Leave a session to the store; a long way from its last snapshot it gets one with the next commit."""

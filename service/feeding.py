@@ -245,8 +245,9 @@ class Gathering:
         """Take those that were fed together."""
         assert isinstance(event, Column)
         self._work = None  # it holds this listener: a cycle would keep both
+        turns, keys = self._turns, self.keys
         for i in event.which:
-            leave(self._turns, self.keys[i])
+            leave(turns, keys[i])
         self.told.fed(self, event)
 
     def alone(self, i: int) -> Listener:

@@ -174,15 +174,18 @@ class SqliteStore:
 
     def _judge(self, changes: Sequence[Change], now: int) -> tuple[Batch, list[Result]]:
         """What is to be written, and the results; a commit sees those before it in its group."""
-        if len({change.head.key for change in changes}) < len(changes):
+        keys = [change.head.key for change in changes]
+        if len(set(keys)) < len(keys):
             changes = whole(changes)  # the journal's row does not say which came first
         results: list[Result] = []
         stamped: list[Commit] = []
         steps: list[Stepped] = []
         heads: dict[Key, Head] = {}
         replies = self._replies_of([change for change in changes if isinstance(change, Commit)])
-        for change in changes:
-            stored = heads.get(change.head.key) or self._stored(change.head.key)
+        unspread = self._overlay.sessions
+        for key, change in zip(keys, changes, strict=True):
+            entry = unspread.get(key)
+            stored = heads.get(key) or (entry.head if entry is not None else self._stored(key))
             if isinstance(change, Step):
                 if stored is not None and may_step(change, stored):
                     steps.append(stepped(change, stored, now))
@@ -191,7 +194,7 @@ class SqliteStore:
             elif self._holds(change, stored, heads, replies, now):
                 new = stamp(change, stored, now)
                 stamped.append(new)
-                heads[new.head.key] = new.head
+                heads[key] = new.head
                 if new.reply is not None:
                     replies[reply_key(new.head.tenant, new.reply)] = new.reply
                 results.append(Applied(new.head))
