@@ -26,6 +26,7 @@ from service.store.base import (
     TOMBSTONE_TTL_S,
     Applied,
     Branch,
+    Change,
     Commit,
     CommitUnknown,
     Conflict,
@@ -39,6 +40,7 @@ from service.store.base import (
     Segment,
     Snapshot,
     Source,
+    Step,
     Store,
     StoreError,
     graft,
@@ -50,7 +52,7 @@ from service.store.memory import MemoryStore
 from service.store.redis import RedisStore
 from service.store.sqlite import SqliteStore, collect, schema, spread, tables
 from service.store.sqlite import store as sqlite_module
-from service.store.sqlite.rows import segment_row
+from service.store.sqlite.rows import seal, segment_row, unseal
 from service.store.sqlite.schema import SCHEMA_VERSION
 
 HOUR_MS = 3_600_000
@@ -90,7 +92,7 @@ class Spreading:
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._store, name)
 
-    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
+    def commit(self, commits: Sequence[Change], snapshots: Sequence[Snapshot] = ()) -> list[Result]:
         results = self._store.commit(commits, snapshots)
         self._store._spreader.spread()
         return list(results)
@@ -259,6 +261,38 @@ def test_a_loser_rolls_nobody_else_back(store: Store) -> None:
     results = store.commit([grown(heads[0], b"1"), stale, grown(heads[2], b"22")])
     assert [type(result) for result in results] == [Applied, Conflict, Applied]
     assert [store.head(("", id)).position for id in "abc"] == [1, 0, 2]
+
+
+def test_a_step_is_stored_as_its_commit_would_be(store: Store, clock: Clock) -> None:
+    suspended = Generation(0, 1, 5, 1.0, 0, 1.0, 0)
+    heads = [create(store, id, ttl_s=60, metadata={"a": 1}, generation=suspended) for id in "abcd"]
+    for data in (b"x", b"y", b"z"):
+        clock.now += 10
+        steps = [Step(head, data, "n") for head in heads]
+        results = store.commit([steps[0], steps[1].whole(), steps[2], grown(heads[3], data)])
+        heads = [result.head for result in results if isinstance(result, Applied)]
+        assert len(heads) == 4
+    assert len({head.commit_id for head in heads}) == 4
+    told = [msgspec.structs.replace(head, id="", branch="", commit_id=b"") for head in heads]
+    assert told[0] == told[1] == told[2] == msgspec.structs.replace(told[3], generation=told[0].generation)
+    assert told[0].generation == msgspec.structs.replace(suspended, finish_reason="cancelled", end=0)
+    logs = [[msgspec.structs.replace(one, branch="") for one in store.log(head.branch, 0, 3)] for head in heads]
+    assert logs[0] == logs[1] == logs[2] == logs[3]
+    assert logs[0] == [Segment("", 0, 3, "fed", b"xyz", "n", ((1, clock.now - 20), (1, clock.now - 10), (1, clock.now)))]
+
+
+def test_a_step_from_where_the_session_does_not_stand_is_a_conflict(store: Store) -> None:
+    first, closed = create(store), create(store, "b")
+    second = applied(store, grown(first, b"x"))
+    gone = delete(store, closed)
+    absent = head_of(store, "c")
+    stale = [Step(one, b"?", "n") for one in (first, closed, absent)]
+    assert store.commit([*stale, Step(second, b"y", "n")])[:3] == [Conflict(second), Conflict(gone), Conflict(None)]
+    head = store.head(first.key)
+    assert head is not None and head.position == 2
+    assert b"".join(one.data for one in store.log(head.branch, 0, 2)) == b"xy"
+    twice = store.commit([Step(head, b"z", "n"), Step(head, b"z", "n"), grown(head, b"z")])
+    assert [type(one) for one in twice] == [Applied, Conflict, Conflict]
 
 
 def test_tenants_have_sessions_of_their_own(store: Store) -> None:
@@ -967,9 +1001,12 @@ class AnySequence(RuleBasedStateMachine):
     def commit_group(self, grow: dict[str, tuple[bytes, bool, bool, bool]]) -> None:
         """A group commit; each session feeds or generates, may snapshot, may be late."""
         due = [(id, *what) for id, what in grow.items() if self.lives_now(id)]
-        commits = []
+        commits: list[Change] = []
         for id, data, generated, snapshot, late in due:
             head, log = self.lives[id].head, self.lives[id].log
+            if len(data) == 1 and not (generated or snapshot):
+                commits.append(Step(msgspec.structs.replace(head, commit_id=b"another!") if late else head, data, "n"))
+                continue
             state = state_after(log, head.position) if snapshot else None
             commit = at_home(grown(head, data, "generated" if generated else "fed", state), self.lives[id].line)
             stale = (head.epoch, head.position, b"another!")
@@ -1756,6 +1793,26 @@ def test_data_of_schema_2_is_migrated(clock: Clock, tmp_path: Path) -> None:
     assert (again.head(head.key), again.head(fork.key)) == (head, fork)
     assert entries(again, head.branch, 0, 3) == b"abc" and entries(again, fork.branch, 0, 2) == b"ab"
     assert again.reply("", "a", "k") is not None and newest(again, head.branch).data == b"s"
+    again.close()
+
+
+def test_data_of_schema_3_is_read(clock: Clock, tmp_path: Path) -> None:
+    """Its journal, as a crash has left it, knows no steps."""
+    store = SqliteStore(tmp_path)
+    head = applied(store, grown(create(store), b"abc"))
+    shutil.copytree(tmp_path, tmp_path / "crashed", ignore=shutil.ignore_patterns("lock", "crashed"))
+    store.close()
+    file = tmp_path / "crashed" / "sessions.sqlite"
+    with sqlite3.connect(file) as db:
+        rows = db.execute("SELECT seq, batch FROM journal").fetchall()
+        old = [(seal(msgspec.msgpack.encode(msgspec.msgpack.decode(unseal(blob))[:3])), seq) for seq, blob in rows]
+        assert db.executemany("UPDATE journal SET batch = ? WHERE seq = ?", old).rowcount == 2
+    db.close()
+    set_schema(file.parent, 3)
+    again = SqliteStore(file.parent)
+    assert again.head(head.key) == head and entries(again, head.branch, 0, 3) == b"abc"
+    result = again.commit([Step(head, b"d", "n")])[0]
+    assert isinstance(result, Applied) and entries(again, head.branch, 0, 4) == b"abcd"
     again.close()
 
 

@@ -15,8 +15,8 @@ from service.store.sqlite.rows import Batch, decode_head, decode_snapshot, decod
 
 log = structlog.get_logger(__name__)
 
-SCHEMA_VERSION = 3
-"""1: no branches after others, no forks, no replies. 2: no checksums."""
+SCHEMA_VERSION = 4
+"""1: no branches after others, no forks, no replies. 2: no checksums. 3: no steps in the journal, only commits."""
 
 META = "CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL)"
 
@@ -165,10 +165,11 @@ def _create_tables(db: sqlite3.Connection) -> None:
 
 
 def _migrate(db: sqlite3.Connection, found: int) -> None:
-    blobs = _BLOBS | (_BLOBS_SINCE_2 if found > 1 else {"journal": "commits"})
-    db.create_function("seal", 1, seal)
-    for table, column in blobs.items():
-        db.execute(f"UPDATE {table} SET {column} = seal({column})")
+    if found < 3:
+        blobs = _BLOBS | (_BLOBS_SINCE_2 if found > 1 else {"journal": "commits"})
+        db.create_function("seal", 1, seal)
+        for table, column in blobs.items():
+            db.execute(f"UPDATE {table} SET {column} = seal({column})")
     if found == 1:
         _migrate_branches(db)
     db.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (SCHEMA_VERSION,))
