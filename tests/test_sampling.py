@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.sampling import MAX_SEED, Purpose, Sampler, Sampling, log_softmax, philox, uniforms
+from service.sampling import MAX_SEED, Purpose, Sampler, Sampling, log_probability, log_softmax, philox, uniforms
 
 ONES = 2**32 - 1
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
@@ -162,6 +162,15 @@ def test_the_ends_of_the_uniform_numbers_draw_kept_symbols(uniform: float) -> No
 def test_huge_logits_do_no_harm() -> None:
     logits = np.array([3e38, -3e38, 2.9e38])
     assert set(drawn(logits, Sampling(), 100).tolist()) == {0}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 300])
+def test_the_log_probability_of_one_id_has_the_bits_of_all(rows: int) -> None:
+    random = np.random.default_rng(rows)
+    logits = (random.standard_normal((rows, 129)) * 30).astype(np.float32)
+    logits[0] = np.nan  # where nothing was predicted
+    ids = random.integers(0, 129, rows)
+    assert log_probability(logits, ids).tobytes() == log_softmax(logits)[np.arange(rows), ids].tobytes()
 
 
 def test_log_softmax_sums_to_one() -> None:

@@ -4,50 +4,28 @@ import asyncio
 import gc
 import shutil
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from contested import KEY, OTHER, Contested
 from tiny import LETTERS
 
 from service.errors import Problem
-from service.feeding import Inputs
+from service.feeding import Gathering, Inputs
 from service.registry import Registry
 from service.replies import MAX_RACES
 from service.run import Reader
 from service.session import Opening, Sessions
 from service.settings import Settings
-from service.store.base import Commit, Generation, Head, Segment, Snapshot
+from service.store.base import Commit, Generation, Head
 from service.store.memory import MemoryStore
-from service.work.events import Event, Listener
+from service.work.events import Column, Event, Listener
 
-KEY = ("", "s")
-OTHER = 3
-"""what the other replica feeds"""
 NEW = Opening(model="tiny-letters", seed=1)
 GENERATION = Generation(0, 0, 20, 1.0, 0, 1.0, 0)
-
-
-class Contested(MemoryStore):
-    """Another replica feeds a symbol just before each of the next `races` commits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.races = 0
-
-    def commit(self, commits: Sequence[Commit], snapshots: Sequence[Snapshot] = ()) -> list[Any]:
-        head = super().head(KEY)
-        if self.races and head is not None:
-            self.races -= 1
-            self.feed_one(head)
-        return list(super().commit(commits, snapshots))
-
-    def feed_one(self, head: Head) -> None:
-        segment = Segment(head.branch, head.position, 1, "fed", OTHER.to_bytes(4, "little"), "other")
-        moved = msgspec.structs.replace(head, position=head.position + 1)
-        super().commit([Commit(moved, head.fence, (segment,))])
 
 
 @pytest.fixture
@@ -226,6 +204,111 @@ def test_a_feed_that_has_ended_is_freed_without_garbage_collection(run: Run) -> 
         left = weakref.ref(feeding.work)
         await feeding.outcome()
         for _ in range(200):  # the engine's thread lets go of it at the end of its tick
+            if left() is None:
+                return True
+            await asyncio.sleep(0.01)
+        return False
+
+    gc.disable()
+    try:
+        assert run(work)
+    finally:
+        gc.enable()
+
+
+class Teller:
+    """Who asks for steps in columns, and notes what becomes of them."""
+
+    def __init__(self) -> None:
+        self.together: list[list[Any]] = []
+        self.alone: list[tuple[Any, Event]] = []
+        self._news = asyncio.Event()
+
+    def fed(self, gathering: Gathering, column: Column) -> None:
+        self.together.append([gathering.whose[i] for i in column.which])
+        self._news.set()
+
+    def ended(self, gathering: Gathering, i: int, event: Event) -> None:
+        self.alone.append((gathering.whose[i], event))
+        self._news.set()
+
+    async def told(self, count: int) -> None:
+        while sum(map(len, self.together)) + len(self.alone) < count:
+            self._news.clear()
+            await self._news.wait()
+
+
+class Asked(msgspec.Struct):
+    """A step that is asked for."""
+
+    inputs: object
+    model: str | None = None
+    position: int | None = None
+
+
+def test_steps_of_one_turn_of_the_event_loop_go_together(run: Run) -> None:
+    async def work(sessions: Sessions) -> Any:  # noqa: ANN401
+        keys = [("", f"s{i}") for i in range(5)]
+        for key in keys:
+            await sessions.feed(key, Inputs("a"), NEW)
+        one, other = Teller(), Teller()
+        for i, key in enumerate(keys):
+            assert sessions.step(key, Asked([i], "tiny-letters", 1), one if i < 3 else other, i) is not None
+        assert sessions.step(keys[0], Asked([0]), one, 9) is None, "its session is busy"
+        await one.told(3)
+        await other.told(2)
+        heads = [await sessions.head(key) for key in keys]
+        return one.together, other.together, [head.position for head in heads], len(sessions._turns)
+
+    assert run(work) == ([[0, 1, 2]], [[3, 4]], [2] * 5, 0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Asked([99]),
+        Asked("?"),
+        Asked("ab"),
+        Asked([]),
+        Asked([1], "another"),
+        Asked([1], None, 7),
+    ],
+)
+def test_what_is_no_plain_step_does_not_begin(asked: Asked, run: Run) -> None:
+    async def work(sessions: Sessions) -> Any:  # noqa: ANN401
+        await sessions.feed(KEY, Inputs("a"), NEW)
+        begun = [sessions.step(key, asked, Teller(), 0) for key in (KEY, ("", "new"))]
+        return begun, len(sessions._turns)
+
+    assert run(work) == ([None, None], 0)
+
+
+def test_a_step_that_nobody_waits_for_is_not_fed(run: Run) -> None:
+    async def work(sessions: Sessions) -> Any:  # noqa: ANN401
+        keys = [("", f"s{i}") for i in range(3)]
+        for key in keys:
+            await sessions.feed(key, Inputs("a"), NEW)
+        teller = Teller()
+        gatherings = [sessions.step(key, Asked([1]), teller, i) for i, key in enumerate(keys)]
+        assert gatherings[0] is not None
+        gatherings[0].drop((1,))
+        await teller.told(3)
+        positions = [(await sessions.head(key)).position for key in keys]
+        return teller.together, [whose for whose, _ in teller.alone], positions, len(sessions._turns)
+
+    assert run(work) == ([[0, 2]], [1], [2, 1, 2], 0)
+
+
+def test_steps_that_have_ended_are_freed_without_garbage_collection(run: Run) -> None:
+    async def work(sessions: Sessions) -> bool:
+        await sessions.feed(KEY, Inputs("a"), NEW)
+        teller = Teller()
+        gathering = sessions.step(KEY, Asked([1]), teller, 0)
+        assert gathering is not None
+        left = weakref.ref(gathering)
+        del gathering
+        await teller.told(1)
+        for _ in range(200):
             if left() is None:
                 return True
             await asyncio.sleep(0.01)

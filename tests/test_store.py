@@ -278,7 +278,9 @@ def test_a_step_is_stored_as_its_commit_would_be(store: Store, clock: Clock) -> 
     assert told[0].generation == msgspec.structs.replace(suspended, finish_reason="cancelled", end=0)
     logs = [[msgspec.structs.replace(one, branch="") for one in store.log(head.branch, 0, 3)] for head in heads]
     assert logs[0] == logs[1] == logs[2] == logs[3]
-    assert logs[0] == [Segment("", 0, 3, "fed", b"xyz", "n", ((1, clock.now - 20), (1, clock.now - 10), (1, clock.now)))]
+    assert logs[0] == [
+        Segment("", 0, 3, "fed", b"xyz", "n", ((1, clock.now - 20), (1, clock.now - 10), (1, clock.now)))
+    ]
 
 
 def test_a_step_from_where_the_session_does_not_stand_is_a_conflict(store: Store) -> None:

@@ -52,6 +52,33 @@ def test_text_comes_back_from_its_entries(text: str, models: Path) -> None:
     assert (codec.encode(list(text)) == found).all() and (codec.encode(found.tolist()) == found).all()
 
 
+ONE = st.one_of(
+    st.sampled_from([*LETTERS, "Z", "ab", "", "go", "é", None, True, False]),
+    st.integers(-3, 12),
+    st.floats(),
+    st.just(2**70),
+    st.lists(st.none() | st.booleans() | st.floats() | st.integers(-(10**39), 10**39), max_size=4),
+    st.dictionaries(st.sampled_from(["temperature", "load", "x"]), st.floats() | st.none(), max_size=3),
+)
+
+
+@pytest.mark.parametrize("model", ["tiny-letters", "tiny-tags", "tiny-people", "tiny-weather", "tiny-single"])
+@given(inputs=ONE | st.lists(ONE, max_size=2))
+@settings(max_examples=100, deadline=None)
+def test_a_single_step_is_what_encoding_it_gives_or_nothing(inputs: object, model: str, models: Path) -> None:
+    codec = Codec(newest(models, model).manifest)
+    single = codec.single(inputs)
+    try:
+        entries = codec.encode(inputs)
+    except Problem:
+        assert single is None
+        return
+    if single is not None:
+        assert codec.column([single]).tobytes() == entries.tobytes() and len(entries) == 1
+    elif len(entries) == 1:
+        assert isinstance(inputs, str)  # where a symbol is more than a character
+
+
 @given(text=st.text(st.sampled_from([*LETTERS, "Z", "é", "\U0001f600"]), min_size=1, max_size=20))
 @settings(max_examples=50, deadline=None)
 def test_the_first_unknown_symbol_is_named(text: str, models: Path) -> None:

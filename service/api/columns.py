@@ -24,10 +24,10 @@ class PlainStep(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     seed: ClassVar[None] = None
 
     inputs: Any
-    position: int | None = None
+    position: Annotated[int, msgspec.Meta(ge=0, le=2**53)] | None = None
     predictions: Literal["last", "all", "none"] = "last"
     alternatives: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
-    model: str | None = None
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | None = None
 
 
 class PlainLine(PlainStep, forbid_unknown_fields=True, gc=False, kw_only=True):
