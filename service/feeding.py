@@ -190,7 +190,7 @@ class Told(Protocol):
     """Who asked for steps in columns."""
 
     def fed(self, gathering: "Gathering", column: Column) -> None:
-        """Take those that were fed together."""
+        """Take those that were fed together: all of them, or raise and have taken none."""
 
     def ended(self, gathering: "Gathering", i: int, event: Event) -> None:
         """Take what became of one alone."""
@@ -248,7 +248,12 @@ class Gathering:
         turns, keys = self._turns, self.keys
         for i in event.which:
             leave(turns, keys[i])
-        self.told.fed(self, event)
+        try:
+            self.told.fed(self, event)
+        except Exception:
+            log.exception("answers_failed")  # each tries for itself
+            for place, i in enumerate(event.which):
+                self.told.ended(self, i, done_at(event, place, True))
 
     def alone(self, i: int) -> Listener:
         """Who takes what became of one alone."""

@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 from contested import KEY, Contested
 
+from service.api import columns
 from service.api.connections import Connection
 from service.app import create_app
 from service.settings import Settings
@@ -56,6 +57,20 @@ def test_a_step_that_lost_a_race_is_fed_on_what_won(http: httpx.Client, store: C
         store.races = races
         answer = http.post(f"/v1/sessions/{KEY[1]}/steps", json={"inputs": [1], "model": "tiny-letters"})
         assert (answer.status_code, answer.json()["position"]) == (200, position)
+
+
+def test_answers_that_can_not_be_written_together_are_written_one_by_one(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    assert bulk(http, [1]) == dict.fromkeys(SESSIONS, 1)
+    monkeypatch.setattr(columns, "shown_together", fail)
+    assert bulk(http, [2]) == dict.fromkeys(SESSIONS, 2)
+    answer = http.post(f"/v1/sessions/{KEY[1]}/steps", json={"inputs": [1]})
+    assert (answer.status_code, answer.json()["position"]) == (200, 3)
+    assert len(answer.json()["predictions"][0]["alternatives"]) == 5
 
 
 def test_a_step_that_says_where_its_session_stands_is_told_that_another_won(

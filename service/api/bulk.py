@@ -6,7 +6,6 @@ been answered.
 """
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -49,8 +48,8 @@ MAX_LINES = 65_536
 """each takes about a kilobyte of memory, however short it is"""
 WINDOW = 4096
 """lines that are under way at once"""
-SLICE = 256
-"""lines that are worked on before others have the event loop"""
+SLICE, SLICE_ALONE = 256, 64
+"""lines that are worked on before others have the event loop, and lines that go their own way"""
 PART_BYTES = 64 * 1024
 
 
@@ -147,8 +146,9 @@ class Bulk:
 
     async def write(self, send: Send) -> None:
         """Run the lines, and send their answers in order: those that are there together in one part."""
-        for begin in range(0, len(self._raw), SLICE):
-            self._begin(begin, self._raw[begin : begin + SLICE])
+        begun = 0
+        while begun < len(self._raw):
+            begun = self._begin(begun)
             await asyncio.sleep(0)
             await self._answer_until(WINDOW - SLICE, send)
         await self._answer_until(0, send)
@@ -230,21 +230,32 @@ class Bulk:
 
     # ------------------------------------------------------------------ in columns
 
-    def _begin(self, first: int, raws: Sequence[bytes]) -> None:
-        """Feed some lines, unless they have to wait for others of their sessions."""
-        steps = 0
-        for number, raw in enumerate(raws, first):
-            line = plain_line(raw) if self._in_columns else None
-            if line is not None and self._may_begin(line.session):
-                gathering = self._sessions.step((self._tenant, line.session), line, self, number)
-                if gathering is not None:
-                    steps += 1
-                    self._begun[number], self._plain[number] = gathering, line
-                    self._newest[line.session] = number
-                    continue
-            self._begin_line(Line(number, raw))
+    def _begin(self, first: int) -> int:
+        """Feed some lines, unless they have to wait for others of their sessions; returns which is the next one."""
+        steps = alone = 0
+        number = first
+        while number < len(self._raw) and number - first < SLICE and alone < SLICE_ALONE:
+            if self._begin_step(number):
+                steps += 1
+            else:
+                alone += 1
+                self._begin_line(Line(number, self._raw[number]))
+            number += 1
         if steps:
             self._visit.take(steps)
+        return number
+
+    def _begin_step(self, number: int) -> bool:
+        """Feed a line in columns with others, if it is a plain step that has to wait for nothing."""
+        line = plain_line(self._raw[number]) if self._in_columns else None
+        if line is None or not self._may_begin(line.session):
+            return False
+        gathering = self._sessions.step((self._tenant, line.session), line, self, number)
+        if gathering is None:
+            return False
+        self._begun[number], self._plain[number] = gathering, line
+        self._newest[line.session] = number
+        return True
 
     def _may_begin(self, session: str) -> bool:
         """Whether all lines of a session that came before are answered, and none was refused."""
@@ -263,6 +274,7 @@ class Bulk:
         """Take what became of a line that was parted from the others: it goes on by itself."""
         number = gathering.whose[i]
         if not self._dropped:
+            self._plain.pop(number, None)
             self._begun[number] = self._parted(gathering, Line(number, self._raw[number]), event)
             self._news.set()
 
