@@ -11,11 +11,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-MAX_DRAWN = 32
+MAX_DRAWN = 64
 MAX_STEPS = 256
 TICK_S = {True: 0.025, False: 0.018}
 """how long a tick of rows that draw, and of rows that do not, may take: what a newcomer waits, and how many tokens of a
 stream are sent at once; beside long feeds streams keep more than half of the time"""
+ALONE = 1.6
+"""times as long a tick of rows that draw may take while nothing else waits: a newcomer makes it end early"""
 MAX_NUMBERS = 4_000_000
 """of the outputs of a tick"""
 _GUESS_S = 0.001
@@ -69,10 +71,10 @@ class Pace:
         known = self._seconds.get(kind, seconds / steps)
         self._seconds[kind] = known + _NEWEST * (seconds / steps - known)
 
-    def most(self, draws: bool, rows: int) -> int:
-        """The steps that fit into a tick, at least 1."""
+    def most(self, draws: bool, rows: int, alone: bool = False) -> int:
+        """The steps that fit into a tick, at least 1; `alone`: nothing else waits."""
         seconds = self._seconds.get((draws, rows.bit_length()), _GUESS_S)
-        in_time = int(TICK_S[draws] / seconds)
+        in_time = int(TICK_S[draws] * (ALONE if draws and alone else 1) / seconds)
         # A roll-out keeps its last step's outputs only.
         return max(1, in_time if draws else min(in_time, MAX_NUMBERS // (rows * self._numbers)))
 
@@ -122,7 +124,7 @@ class Scheduler(Generic[R]):
             rows.append(queue.popleft()[2])
             width += rows[-1].width
         self.waiting -= width
-        return Batch(rows, min(steps, self.pace.most(draws, width)), draws, width, since)
+        return Batch(rows, min(steps, self.pace.most(draws, width, not self.waiting)), draws, width, since)
 
 
 def _power_of_two(steps: int) -> int:

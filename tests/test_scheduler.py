@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import MAX_DRAWN, MAX_NUMBERS, MAX_STEPS, TICK_S, Scheduler
+from service.scheduler import ALONE, MAX_DRAWN, MAX_NUMBERS, MAX_STEPS, TICK_S, Scheduler
 
 
 @dataclass(eq=False)
@@ -68,20 +68,24 @@ def test_every_row_is_folded_to_its_end(lengths: list[int], max_batch: int) -> N
 
 
 @pytest.mark.parametrize("draws", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("step_s", [0.0001, 0.00101, 0.0051, 0.02, 10.0])
-def test_a_tick_takes_as_many_steps_as_fit(draws: bool, step_s: float) -> None:
+def test_a_tick_takes_as_many_steps_as_fit(draws: bool, alone: bool, step_s: float) -> None:
     scheduler = Scheduler[Row](8)
     rows = [Row(1000, draws=draws) for _ in range(8)]
     for _ in range(30):
         for row in rows:
             scheduler.add(row)
+        if not alone:
+            scheduler.add(Row(1, draws=not draws))
         batch = scheduler.next()
         assert batch is not None and batch.draws == draws
         scheduler.pace.took(draws, len(batch.rows), batch.steps, step_s * batch.steps)
+        while scheduler.next() is not None:
+            pass
     most = MAX_DRAWN if draws else MAX_STEPS
-    assert (
-        batch.steps == most or batch.steps == 1 or batch.steps * step_s <= TICK_S[draws] < (batch.steps + 1.5) * step_s
-    )
+    tick_s = TICK_S[draws] * (ALONE if alone and draws else 1)
+    assert batch.steps == most or batch.steps == 1 or batch.steps * step_s <= tick_s < (batch.steps + 1.5) * step_s
 
 
 def test_the_outputs_of_a_tick_are_bounded() -> None:
