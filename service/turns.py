@@ -36,7 +36,7 @@ def leave(turns: dict[Key, Turn], key: Key) -> None:
 class Place:
     """A place in a session's queue, and its turn once it has come."""
 
-    __slots__ = ("_key", "_turn", "_turns", "_urgent", "_wait_s", "_what")
+    __slots__ = ("_counted", "_key", "_turns", "_urgent", "_wait_s", "_what")
 
     def __init__(
         self, turns: dict[Key, Turn], key: Key, wait_s: float, urgent: bool = False, what: str = "session"
@@ -46,13 +46,15 @@ class Place:
         self._key = key
         self._wait_s = wait_s
         self._urgent = urgent
-        self._turn: Turn | None = None
+        self._counted = False
+        """whether it is among the users of the session's turn"""
 
     def take(self) -> bool:
         """Take the turn if nobody has it."""
         if self._key in self._turns:
             return False
-        self._turn = self._turns[self._key] = Turn(now_ms())
+        self._turns[self._key] = Turn(now_ms())
+        self._counted = True
         return True
 
     async def __aenter__(self) -> "Place":
@@ -67,7 +69,7 @@ class Place:
         if turn.users > MAX_WAITING and not self._urgent:
             raise Problem("session_busy", f"{MAX_WAITING} operations wait for {self._name}; try again later")
         turn.users += 1
-        self._turn = turn
+        self._counted = True
         called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         turn.waiting.append(called)
         try:
@@ -83,7 +85,7 @@ class Place:
         if not called.cancelled():
             self.leave()  # the turn came at the same moment: the next one takes it
             return
-        self._turn = None
+        self._counted = False
         turn.users -= 1
         with suppress(ValueError):  # passed over already by one that has left
             turn.waiting.remove(called)
@@ -94,6 +96,6 @@ class Place:
 
     def leave(self) -> None:
         """Give the turn to the next."""
-        if self._turn is not None:
-            self._turn = None
+        if self._counted:
+            self._counted = False
             leave(self._turns, self._key)

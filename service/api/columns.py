@@ -1,4 +1,4 @@
-"""Plain steps of many lines in columns: read without pydantic, and answered together.
+"""Plain steps of many lines or connections: read without pydantic, and answered together.
 
 What is plain here is a subset of what a `StepsBody` may say, and means the same; anything else is read by pydantic.
 """
