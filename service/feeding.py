@@ -216,6 +216,7 @@ class Gathering:
         self._work: Work | None = None
         """what those are part of that go together"""
         self._alone: dict[int, Work] = {}
+        self._under_way = 0
         self._dropped: set[int] = set()
 
     def __len__(self) -> int:
@@ -236,6 +237,7 @@ class Gathering:
     def begin(self) -> Work:
         """All are there: the work to submit."""
         self.entries = self.model.engine.codec.column(self._entries)
+        self._under_way = len(self)
         self._work = work = Feeds(self)
         if self._dropped:
             work.drop()
@@ -261,6 +263,9 @@ class Gathering:
 
     def _ended(self, i: int, event: Event) -> None:
         self._alone.pop(i, None)
+        self._under_way -= 1
+        if not self._under_way:
+            self._work = None  # as where they are fed together
         leave(self._turns, self.keys[i])
         self.told.ended(self, i, event)
 

@@ -197,23 +197,32 @@ def test_a_change_that_loses_a_race_is_made_on_what_won(run: Run, store: Contest
 # ---------------------------------------------------------------------- memory
 
 
+async def is_freed(left: "weakref.ref[Any]") -> bool:
+    """Whether something goes by itself; the engine's thread lets go of it at the end of its tick."""
+    for _ in range(200):
+        if left() is None:
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
 def test_a_feed_that_has_ended_is_freed_without_garbage_collection(run: Run) -> None:
     async def work(sessions: Sessions) -> bool:
         feeding = sessions.feed_now(KEY, Inputs("ab"), NEW)
         assert feeding is not None
         left = weakref.ref(feeding.work)
         await feeding.outcome()
-        for _ in range(200):  # the engine's thread lets go of it at the end of its tick
-            if left() is None:
-                return True
-            await asyncio.sleep(0.01)
-        return False
+        return await is_freed(left)
 
-    gc.disable()
-    try:
-        assert run(work)
-    finally:
-        gc.enable()
+    assert run(work)
 
 
 class Teller:
@@ -299,26 +308,23 @@ def test_a_step_that_nobody_waits_for_is_not_fed(run: Run) -> None:
     assert run(work) == ([[0, 2]], [1], [2, 1, 2], 0)
 
 
-def test_steps_that_have_ended_are_freed_without_garbage_collection(run: Run) -> None:
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("dropped", [False, True])
+def test_steps_that_have_ended_are_freed_without_garbage_collection(dropped: bool, run: Run) -> None:
     async def work(sessions: Sessions) -> bool:
         await sessions.feed(KEY, Inputs("a"), NEW)
         teller = Teller()
         gathering = sessions.step(KEY, Asked([1]), teller, 0)
         assert gathering is not None
+        if dropped:
+            gathering.drop((0,))
         left = weakref.ref(gathering)
         del gathering
         await teller.told(1)
-        for _ in range(200):
-            if left() is None:
-                return True
-            await asyncio.sleep(0.01)
-        return False
+        assert len(teller.alone) == dropped
+        return await is_freed(left)
 
-    gc.disable()
-    try:
-        assert run(work)
-    finally:
-        gc.enable()
+    assert run(work)
 
 
 # ---------------------------------------------------------------------- the end of the process
