@@ -29,6 +29,7 @@ from service.store.base import (
     Source,
     graft,
 )
+from service.tasks import Alternative
 from service.tensors import same_entries
 from service.work.base import NewSession, new_branch, new_head
 from service.work.events import Done, Listener, Token, Verdict
@@ -222,7 +223,7 @@ class History:
         if not tokens:
             return tokens
         if reply.body:
-            kept = msgspec.json.decode(reply.body)
+            kept = msgspec.json.decode(reply.body, type=list[list[Alternative]])
             return [msgspec.structs.replace(token, alternatives=one) for token, one in zip(tokens, kept, strict=True)]
         model, done = await self.outputs(key, reply, reply.end - 1, len(tokens))
         codec = model.engine.codec

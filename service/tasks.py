@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from service import bytepairs
@@ -31,6 +32,14 @@ NAMED = 16
 """features that a refusal names, each of them"""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class Alternative(msgspec.Struct, frozen=True, gc=False):
+    """A symbol that may come next."""
+
+    token: int
+    text: str
+    logprob: float
 
 
 class Codec:
@@ -282,18 +291,18 @@ class Codec:
             case _:
                 return [self._forecast(outputs, i) for i in range(len(outputs["mean"]))]
 
-    def alternatives(self, logits: Array, count: int) -> list[dict[str, Any]]:
+    def alternatives(self, logits: Array, count: int) -> list[Alternative]:
         """The `count` most likely symbols for `logits` [V], most likely first."""
         return self._alternatives(logits[None], count)[0]
 
-    def _alternatives(self, logits: Array, count: int) -> list[list[dict[str, Any]]]:
+    def _alternatives(self, logits: Array, count: int) -> list[list[Alternative]]:
         logprobs = log_softmax(logits)
         order = _most_likely(logprobs, count)
-        likely = zip(order.tolist(), logprobs[np.arange(len(order))[:, None], order].tolist(), strict=True)
-        symbols = self._texts
-        return [
-            [{"token": i, "text": symbols[i], "logprob": p} for i, p in zip(ids, ps, strict=True)] for ids, ps in likely
-        ]
+        likely = logprobs[np.arange(len(order))[:, None], order]
+        rows, width = order.shape
+        ids = order.ravel().tolist()
+        shown = list(map(Alternative, ids, self.texts(ids), likely.ravel().tolist()))
+        return [shown[i * width : (i + 1) * width] for i in range(rows)]
 
     def _classified(self, probabilities: Array) -> dict[str, Any]:
         labels = self.manifest.labels

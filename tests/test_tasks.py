@@ -189,9 +189,9 @@ def test_alternatives_are_the_most_likely_first(letters: Codec) -> None:
     logits = np.zeros(13, np.float32)
     logits[[4, 7]] = 2, 3
     found = letters.alternatives(logits, 3)
-    assert [one["token"] for one in found] == [7, 4, 0]
-    assert [one["text"] for one in found] == [LETTERS[7], LETTERS[4], LETTERS[0]]
-    assert sum(math.exp(one["logprob"]) for one in letters.alternatives(logits, 99)) == pytest.approx(1)
+    assert [one.token for one in found] == [7, 4, 0]
+    assert [one.text for one in found] == [LETTERS[7], LETTERS[4], LETTERS[0]]
+    assert sum(math.exp(one.logprob) for one in letters.alternatives(logits, 99)) == pytest.approx(1)
 
 
 def test_a_language_models_surprise_is_that_of_the_entry_before(letters: Codec) -> None:
@@ -200,7 +200,7 @@ def test_a_language_models_surprise_is_that_of_the_entry_before(letters: Codec) 
     shown = letters.predictions({"logits": logits}, 8, {"logits": logits[0]}, entries, 13)
     assert [one["position"] for one in shown] == [8, 9, 10]
     for i, before in enumerate([logits[0], logits[0], logits[1]]):
-        expected = next(a["logprob"] for a in letters.alternatives(before, 13) if a["token"] == entries[i])
+        expected = next(a.logprob for a in letters.alternatives(before, 13) if a.token == entries[i])
         assert shown[i]["surprise"] == pytest.approx(-expected)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import Response
@@ -236,7 +236,7 @@ class Choice:
         if token.logprob != token.logprob:
             return None, None
         gap = text[: len(text) - len(self._codec.text(token.token))]
-        likely = {gap + str(one["text"]): cast(float, one["logprob"]) for one in token.alternatives or ()}
+        likely = {gap + one.text: one.logprob for one in token.alternatives or ()}
         return token.logprob, likely | {text: token.logprob}
 
     def _piece(self, text: str) -> Piece:

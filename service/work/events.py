@@ -10,7 +10,7 @@ import numpy as np
 from service.errors import Problem
 from service.state import Array, Row
 from service.store.base import Generation, Head
-from service.tasks import Output
+from service.tasks import Alternative, Output
 
 NOTHING: Array = np.empty(0)
 
@@ -54,7 +54,7 @@ class Token(msgspec.Struct, frozen=True, gc=False):
     token: int
     text: str
     logprob: float
-    alternatives: list[dict[str, object]] | None = None
+    alternatives: list[Alternative] | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, gc=False):
@@ -64,7 +64,7 @@ class Tokens(msgspec.Struct, frozen=True, gc=False):
     ids: list[int]
     logprobs: list[float]
     texts: list[str]
-    alternatives: list[list[dict[str, object]]] | None = None
+    alternatives: list[list[Alternative]] | None = None
 
     def each(self) -> list[Token]:
         """One after another."""

@@ -10,7 +10,7 @@ from service.errors import Problem
 from service.sampling import Sampler, Sampling
 from service.state import Array, Row
 from service.store.base import Commit, Generation, Head, Reply, Segment
-from service.tasks import Output, TextStream
+from service.tasks import Alternative, Output, TextStream
 from service.work.base import Host, NewSession, Resident, SessionWork
 from service.work.events import Done, Listener, Suspended, Tokens
 from service.work.feed import MAX_BODY_KEPT
@@ -44,8 +44,8 @@ class Generate(SessionWork):
         """tokens that are not committed yet, and what is told of each"""
         self._logprobs: list[float] = []
         self._texts: list[str] = []
-        self._alternatives: list[list[dict[str, object]]] = []
-        self._shown: list[list[dict[str, object]]] = []
+        self._alternatives: list[list[Alternative]] = []
+        self._shown: list[list[Alternative]] = []
         """the alternatives of all tokens, where they are to be kept with the answer"""
         self.generation = generation
         self.sampling = Sampling(generation.temperature, generation.top_k, generation.top_p)
