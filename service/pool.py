@@ -18,8 +18,9 @@ from service import state
 from service.bundle import DTYPES, StateSpec, TensorSpec
 from service.state import Array, Row
 
-FIRST_BYTES = 64 * 2**20
-"""of the first block: address space until they are written"""
+FIRST_BYTES, LEAST_BYTES = 2**30, 64 * 2**20
+"""of the first block: address space until they are written. A batch from two blocks takes twice as long to put
+together, so the first one is made for all sessions that are in memory, unless the machine refuses so much at once."""
 
 Places = list[tuple[int, Any, int | Array]]
 """Where slots are: (block, which of the batch, where in the block); a number for a slot that is alone"""
@@ -127,10 +128,13 @@ class Pool:
         self.outputs = {spec.name: Tensor(spec.row_shape, 0, DTYPES[spec.dtype]) for spec in outputs}
         self.free: deque[int] = deque()
         self._taking = Lock()
-        self._slots = 0
-        """in all blocks"""
+        """those that were in use before"""
+        self._slots = self._unused = 0
+        """how many all blocks have, and the first that was never in use"""
         self._first = max(1, first_bytes // max(1, sum(tensor.nbytes for tensor in self._tensors())))
         """slots of the first block"""
+        self._least = max(1, self._first * LEAST_BYTES // FIRST_BYTES)
+        """to how many they may be cut down when there is not so much memory"""
 
     def _tensors(self) -> list[Tensor]:
         return [*self.states, *self.outputs.values()]
@@ -142,9 +146,12 @@ class Pool:
         if not all(tensor.fits(batch) for tensor, batch in pairs):
             return None
         with self._taking:
-            while len(self.free) < count:
+            while len(self.free) + self._slots - self._unused < count:
                 self._grow()
-            numbers = [self.free.pop() for _ in range(count)]
+            numbers = [self.free.pop() for _ in range(min(count, len(self.free)))]
+            fresh = count - len(numbers)
+            numbers += range(self._unused, self._unused + fresh)
+            self._unused += fresh
         slots = [Slot(self, number) for number in numbers]  # free again if what follows fails
         places = self.places(numbers)
         for tensor, batch in pairs:
@@ -153,10 +160,15 @@ class Pool:
 
     def _grow(self) -> None:
         more = self._slots or self._first
-        blocks = [(tensor, tensor.block(more)) for tensor in self._tensors()]
+        try:
+            blocks = [(tensor, tensor.block(more)) for tensor in self._tensors()]
+        except OSError:
+            if self._slots or self._first <= self._least:
+                raise
+            self._first //= 2  # and on it goes with as much as there is
+            return
         for tensor, block in blocks:  # all of them or none
             tensor.add(block)
-        self.free.extendleft(range(self._slots, self._slots + more))  # the first ones are taken first
         self._slots += more
 
     def gather(self, rows: Sequence[Row]) -> list[Array]:

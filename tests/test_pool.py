@@ -89,6 +89,22 @@ def test_memory_that_can_not_be_had_changes_nothing(monkeypatch: pytest.MonkeyPa
     assert sorted([*numbers, *kept.free]) == list(range(len(numbers) + len(kept.free)))
 
 
+def test_where_little_memory_is_to_be_had_at_once_the_first_block_is_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def scarce(fd: int, length: int, **more: Any) -> mmap.mmap:  # noqa: ANN401 (mmap's own)
+        asked.append(length)
+        if length > pool.LEAST_BYTES:
+            raise OSError("no memory")
+        return mmap.mmap(fd, length, **more)
+
+    monkeypatch.setattr(pool, "mmap", scarce)
+    kept = Pool(SPECS, OUTPUTS)
+    slots = keep(kept, [1, 2, 3])
+    assert asked[0] > pool.LEAST_BYTES and sum(asked[-len(SPECS) - 1 :]) > pool.LEAST_BYTES / 2
+    assert all(same(slot, random_row(seed)) for slot, seed in zip(slots, [1, 2, 3], strict=True))
+
+
 def come_and_go(kept: Pool, start: threading.Barrier, thread: int) -> list[tuple[int, Slot]]:
     """Take from the pool and let go of every other batch; returns the others with their seeds."""
     found: list[tuple[int, Slot]] = []
