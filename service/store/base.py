@@ -8,8 +8,9 @@ else back. The answer to a request with a key is kept in the commit that the req
 """
 
 import random
+import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -22,6 +23,8 @@ REPLIES_KEPT = 256
 TENANT_REPLIES_KEPT = 65_536
 SNAPSHOTS_KEPT = 4
 SNAPSHOT_SPACING = 4096
+GROWN = 256
+"""steps of a segment that are not copied for each one more"""
 
 Key = tuple[str, str]
 """(tenant, session id); the tenant is "" until keys are switched on."""
@@ -278,29 +281,62 @@ class Stepped(msgspec.Struct, frozen=True, array_like=True, gc=False):
     data: bytes
     numerics: str
 
-    @property
+
+class Growing:
+    """Steps of which each follows the one before it: a segment of the log that goes on growing, up to a bound.
+
+    A segment a step would be five objects for a few bytes.
+    """
+
+    __slots__ = ("_branch", "_data", "_numerics", "_times_ms", "end", "start")
+
+    def __init__(self, first: Stepped) -> None:
+        self._branch = first.head.branch
+        self._numerics = first.numerics
+        self.start = first.head.position - 1
+        self._data = [first.data]
+        self._times_ms = [first.head.updated_ms]
+        self.end = first.head.position
+
+    def take(self, step: Stepped) -> bool:
+        """Take a step in, if it is the next entry of the same branch, by the same arithmetic."""
+        head = step.head
+        follows = head.position == self.end + 1 and head.branch == self._branch and step.numerics == self._numerics
+        if not follows or len(self._times_ms) == GROWN:
+            return False
+        self._data.append(step.data)
+        self._times_ms.append(head.updated_ms)
+        self.end = head.position
+        return True
+
     def segment(self) -> Segment:
-        """Its entry of the log."""
-        return _run_of([self])
+        """What it is by now."""
+        return Segment(
+            branch=self._branch,
+            start=self.start,
+            count=len(self._times_ms),
+            source="fed",
+            data=b"".join(self._data),
+            numerics=self._numerics,
+            at_ms=tuple([(1, at) for at in self._times_ms]),
+        )
 
-    def follows(self, before: "Stepped") -> bool:
-        """Whether it is the next entry of the same branch, by the same arithmetic."""
-        head, other = self.head, before.head
-        return head.position == other.position + 1 and head.branch == other.branch and self.numerics == before.numerics
+
+Written = list[Segment | Growing]
+"""Entries of the log in the order in which they were written"""
 
 
-def _run_of(steps: Sequence[Stepped]) -> Segment:
-    """Steps of which each follows the one before it, as one segment."""
-    first = steps[0].head
-    return Segment(
-        branch=first.branch,
-        start=first.position - 1,
-        count=len(steps),
-        source="fed",
-        data=b"".join([step.data for step in steps]),
-        numerics=steps[0].numerics,
-        at_ms=tuple([(1, step.head.updated_ms) for step in steps]),
-    )
+def write_step(written: Written, step: Stepped) -> None:
+    """Write one more entry."""
+    newest = written[-1] if written else None
+    if not (isinstance(newest, Growing) and newest.take(step)):
+        written.append(Growing(step))
+
+
+def segments_of(written: Written, after: int = 0, to: int = sys.maxsize) -> list[Segment]:
+    """The segments that hold positions after + 1 to `to` of what was written."""
+    held = [one for one in written if one.end > after and one.start < to]
+    return [one.segment() if isinstance(one, Growing) else one for one in held]
 
 
 Change = Commit | Step
@@ -564,21 +600,6 @@ def join(segments: Sequence[Segment]) -> list[Segment]:
             run = []
         run.append(segment)
     return joined + ([_merge(run)] if run else [])
-
-
-def together(written: Iterable[Segment | Stepped]) -> Iterator[Segment]:
-    """The same in segments: steps that follow each other are one."""
-    run: list[Stepped] = []
-    for one in written:
-        if run and not (isinstance(one, Stepped) and one.follows(run[-1])):
-            yield _run_of(run)
-            run = []
-        if isinstance(one, Stepped):
-            run.append(one)
-        else:
-            yield one
-    if run:
-        yield _run_of(run)
 
 
 def _continues(left: Segment, right: Segment) -> bool:

@@ -22,15 +22,18 @@ from service.store.base import (
     Result,
     Segment,
     Snapshot,
+    Written,
     cut,
     holds,
     join,
     may_step,
     now_ms,
     parts,
+    segments_of,
     stamp,
     stepped,
     surplus,
+    write_step,
 )
 
 
@@ -44,7 +47,7 @@ class MemoryStore:
         self._lock = RLock()
         self._reply_ttl_ms = idempotency_ttl_s * 1000
         self._heads: dict[Key, Head] = {}
-        self._log: dict[str, list[Segment]] = {}
+        self._log: dict[str, Written] = {}
         self._snapshots: dict[str, dict[tuple[str, int], Snapshot]] = {}
         self._lines: dict[str, Line] = {}
         self._replies: dict[Key, dict[str, Reply]] = {}
@@ -70,7 +73,7 @@ class MemoryStore:
         if stored is None or not may_step(change, stored):
             return Conflict(stored.at(now) if stored is not None else None)
         new = stepped(change, stored, now)
-        self._log.setdefault(new.head.branch, []).append(new.segment)
+        write_step(self._log.setdefault(new.head.branch, []), new)
         self._heads[key] = new.head
         return Applied(new.head)
 
@@ -121,7 +124,7 @@ class MemoryStore:
                 table.pop(branch, None)
             return
         upto, since = max(upto for upto, _ in reached), min(since for _, since in reached)
-        kept = [s for s in self._log.get(branch, ()) if s.end > since and s.start < upto]
+        kept = segments_of(self._log.get(branch, []), since, upto)
         self._log[branch] = [cut(segment, since, upto) for segment in kept]
         found = self._snapshots.get(branch, {})
         self._snapshots[branch] = {place: s for place, s in found.items() if since <= s.position <= upto}
@@ -193,8 +196,7 @@ class MemoryStore:
             found = [
                 cut(segment, first, last)
                 for name, first, last in parts(self.line(branch), branch, after, to)
-                for segment in self._log.get(name, ())
-                if segment.end > first and segment.start < last
+                for segment in segments_of(self._log.get(name, []), first, last)
             ]
         return join(found)
 

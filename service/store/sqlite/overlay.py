@@ -15,8 +15,10 @@ from service.store.base import (
     Snapshot,
     Stepped,
     Unread,
+    Written,
     join,
-    together,
+    segments_of,
+    write_step,
 )
 from service.store.sqlite.rows import Batch, ReplyKey, reply_key
 
@@ -29,7 +31,7 @@ class Unspread:
 
     head: Head
     seq: int
-    written: list[Segment | Stepped] = field(default_factory=list)
+    written: Written = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     branches: set[str] = field(default_factory=set)
 
@@ -46,7 +48,7 @@ class Unspread:
     @property
     def segments(self) -> list[Segment]:
         """The entries of the log, in as few segments as they fit in."""
-        return join(list(together(self.written)))
+        return join(segments_of(self.written))
 
 
 @dataclass(slots=True)
@@ -127,7 +129,7 @@ class Overlay:
         key = head.key
         entry = self.sessions.get(key) or self._begin(key, head, seq)
         entry.head, entry.seq = head, seq
-        entry.written.append(step)
+        write_step(entry.written, step)
         if head.branch not in entry.branches:
             entry.branches.add(head.branch)
             self._writers.setdefault(head.branch, {})[key] = entry

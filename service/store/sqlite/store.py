@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 
 import msgspec
 import structlog
@@ -60,7 +61,9 @@ from service.store.sqlite.tables import Tables
 
 log = structlog.get_logger(__name__)
 
-SPREAD_EVERY_S = 1.0
+SPREAD_EVERY_S, SPREAD_LATEST_S = 1.0, 5.0
+SPREAD_SHARE = 0.05
+"""of the time that spreading may take: where it takes longer it comes less often, and finds more of each session"""
 
 
 class SqliteStore:
@@ -104,12 +107,15 @@ class SqliteStore:
         return spreader
 
     def _spread_forever(self) -> None:
-        while not self._stop.wait(SPREAD_EVERY_S):
+        rest_s = SPREAD_EVERY_S
+        while not self._stop.wait(rest_s):
+            began = perf_counter()
             try:
                 self._spreader.spread()
             except (sqlite3.Error, msgspec.DecodeError) as error:
                 self._note(error)
                 log.error("store_failed", error=str(error))
+            rest_s = min(max(SPREAD_EVERY_S, (perf_counter() - began) / SPREAD_SHARE), SPREAD_LATEST_S)
 
     def close(self) -> None:
         """Spread the journal, close the file, give the folder free."""
