@@ -51,6 +51,7 @@ WINDOW = 4096
 SLICE, SLICE_ALONE = 256, 64
 """lines that are worked on before others have the event loop, and lines that go their own way"""
 PART_BYTES = 64 * 1024
+"""a part of the answer that is as long is sent"""
 
 
 class BulkLine(StepsBody):
@@ -106,6 +107,19 @@ class Line:
         return msgspec.json.encode({"session": self.session, "error": document(self.problem)}) + b"\n"
 
 
+class Written(msgspec.Struct, frozen=True, gc=False):
+    """The answers to lines that follow each other."""
+
+    lines: int
+    answers: bytes
+
+
+Begun = Line | Gathering | Written | None
+"""What a line is part of, or its answer and those of lines after it; None: it is answered"""
+
+_encode_lines = msgspec.json.Encoder().encode_lines
+
+
 def _session_in(raw: bytes) -> str | None:
     """The session that a line means which is refused for something else."""
     try:
@@ -130,10 +144,8 @@ class Bulk:
         self._raw = [raw for raw in body.split(b"\n") if raw and not raw.isspace()]
         self._next = 0
         """the first line that is not answered yet"""
-        self._begun: dict[int, Line | Gathering | bytes] = {}
-        """from there on, what each line is part of, or its answer"""
-        self._plain: dict[int, PlainLine] = {}
-        """those that go in columns"""
+        self._begun: list[Begun] = []
+        """of each line that has begun; those that are answered are forgotten"""
         self._newest: dict[str, int] = {}
         """the newest line of each session"""
         self._waiting: dict[int, Line] = {}
@@ -146,9 +158,8 @@ class Bulk:
 
     async def write(self, send: Send) -> None:
         """Run the lines, and send their answers in order: those that are there together in one part."""
-        begun = 0
-        while begun < len(self._raw):
-            begun = self._begin(begun)
+        while len(self._begun) < len(self._raw):
+            self._begin()
             await asyncio.sleep(0)
             await self._answer_until(WINDOW - SLICE, send)
         await self._answer_until(0, send)
@@ -156,57 +167,44 @@ class Bulk:
 
     async def _answer_until(self, most: int, send: Send) -> None:
         """Answer the lines that can be answered at once, and others until no more than `most` are under way."""
-        while self._begun:
-            self._take_written()
-            if isinstance(self._begun.get(self._next), bytes):
-                if len(self._parts) >= PART_BYTES:
-                    await self._send_part(send)
-                await asyncio.sleep(0)
-                continue
+        while self._next < len(self._begun):
             ready = self._is_ready()
-            if not self._begun or not (ready or len(self._begun) > most):
+            if not (ready or len(self._begun) - self._next > most):
                 return
-            if self._parts and not ready:
+            if len(self._parts) >= PART_BYTES or (self._parts and not ready):
                 await self._send_part(send)
             await self._take_next()
 
-    def _take_written(self) -> None:
-        """Answer lines whose answers are written: a slice of them, or what makes a part."""
-        begun, parts, number = self._begun, self._parts, self._next
-        end = number + SLICE
-        while number < end and len(parts) < PART_BYTES and isinstance(answer := begun.get(number), bytes):
-            parts += answer
-            del begun[number]
-            number += 1
-            self._next = number
-            if self._waiting:
-                self._wake_next(number - 1)
-
     async def _take_next(self) -> None:
-        """Answer the next line, when it has ended."""
+        """Answer the next line, when it has ended, and those whose answers are written with it."""
         while isinstance(begun := self._begun[self._next], Gathering):
             self._news.clear()
             await self._news.wait()
-        if isinstance(begun, bytes):
+        if isinstance(begun, Written):
+            self._parts += begun.answers
+            self._pass(begun.lines)
+            await asyncio.sleep(0)
             return
+        assert begun is not None
         self._parts += self._answer_now(begun) or await self._answer(begun)
         begun.feeding, begun.task = None, None
         if begun.problem is not None and begun.session is not None:
             self._refused.add(begun.session)
-        del self._begun[self._next]
-        self._next += 1
-        self._wake_next(self._next - 1)
+        self._pass(1)
 
-    def _wake_next(self, number: int) -> None:
-        """Begin the line that has waited for one."""
-        line = self._waiting.pop(number, None)
-        if line is not None:
-            self._follow(line)
+    def _pass(self, lines: int) -> None:
+        """Forget lines that are answered, and begin those that have waited for them."""
+        first, self._next = self._next, self._next + lines
+        self._begun[first : self._next] = [None] * lines
+        for number in range(first, self._next) if self._waiting else ():
+            line = self._waiting.pop(number, None)
+            if line is not None:
+                self._follow(line)
 
     def _is_ready(self) -> bool:
         """Whether the next answer can be had without waiting."""
-        begun = self._begun.get(self._next)
-        return isinstance(begun, bytes) or (isinstance(begun, Line) and begun.ready)
+        begun = self._begun[self._next]
+        return isinstance(begun, Written) or (isinstance(begun, Line) and begun.ready)
 
     async def _send_part(self, send: Send) -> None:
         await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": True})
@@ -215,7 +213,7 @@ class Bulk:
     async def drop(self) -> None:
         """Feed nothing more: nobody waits for it."""
         self._dropped = True
-        under_way = list(self._begun.values())
+        under_way = self._begun[self._next :]
         tasks = [line.task for line in under_way if isinstance(line, Line) and line.task is not None]
         for task in tasks:
             task.cancel()
@@ -230,30 +228,30 @@ class Bulk:
 
     # ------------------------------------------------------------------ in columns
 
-    def _begin(self, first: int) -> int:
-        """Feed some lines, unless they have to wait for others of their sessions; returns which is the next one."""
+    def _begin(self) -> None:
+        """Feed some lines more, unless they have to wait for others of their sessions."""
         steps = alone = 0
-        number = first
-        while number < len(self._raw) and number - first < SLICE and alone < SLICE_ALONE:
+        first = len(self._begun)
+        for number in range(first, min(first + SLICE, len(self._raw))):
             if self._begin_step(number):
                 steps += 1
-            else:
-                alone += 1
-                self._begin_line(Line(number, self._raw[number]))
-            number += 1
+                continue
+            self._begin_line(Line(number, self._raw[number]))
+            alone += 1
+            if alone == SLICE_ALONE:
+                break
         if steps:
             self._visit.take(steps)
-        return number
 
     def _begin_step(self, number: int) -> bool:
         """Feed a line in columns with others, if it is a plain step that has to wait for nothing."""
         line = plain_line(self._raw[number]) if self._in_columns else None
         if line is None or not self._may_begin(line.session):
             return False
-        gathering = self._sessions.step((self._tenant, line.session), line, self, number)
+        gathering = self._sessions.step((self._tenant, line.session), line, self, (number, line))
         if gathering is None:
             return False
-        self._begun[number], self._plain[number] = gathering, line
+        self._begun.append(gathering)
         self._newest[line.session] = number
         return True
 
@@ -265,23 +263,26 @@ class Bulk:
         """Write the answers to lines that were fed together."""
         if self._dropped:
             return
-        numbers = [gathering.whose[i] for i in column.which]
-        written = answers(gathering.model, column, [self._plain.pop(number) for number in numbers])
-        self._begun.update(zip(numbers, written, strict=True))
+        lines: list[tuple[int, PlainLine]] = [gathering.whose[i] for i in column.which]
+        said = answers(gathering.model, column, [line for _, line in lines])
+        begin = 0
+        for end in range(1, len(lines) + 1):
+            if end == len(lines) or lines[end][0] != lines[end - 1][0] + 1:
+                self._begun[lines[begin][0]] = Written(end - begin, _encode_lines(said[begin:end]))
+                begin = end
         self._news.set()
 
     def ended(self, gathering: Gathering, i: int, event: Event) -> None:
         """Take what became of a line that was parted from the others: it goes on by itself."""
-        number = gathering.whose[i]
+        number, _ = gathering.whose[i]
         if not self._dropped:
-            self._plain.pop(number, None)
             self._begun[number] = self._parted(gathering, Line(number, self._raw[number]), event)
             self._news.set()
 
-    def _parted(self, gathering: Gathering, line: Line, event: Event) -> Line | bytes:
+    def _parted(self, gathering: Gathering, line: Line, event: Event) -> Line | Written:
         assert line.body is not None
         try:
-            return answer_line(fed_of(gathering.model, event), line.body)
+            return Written(1, answer_line(fed_of(gathering.model, event), line.body))
         except Race:
             line.task = asyncio.create_task(self._run(line, line.body))
         except Exception as error:
@@ -292,7 +293,7 @@ class Bulk:
 
     def _begin_line(self, line: Line) -> None:
         """Feed a line, unless it has to wait for the one before it of the same session."""
-        self._begun[line.number] = line
+        self._begun.append(line)
         before = self._newest.get(line.session, -1) if line.session is not None else -1
         if line.session is not None:
             self._newest[line.session] = line.number

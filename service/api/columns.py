@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 
-from service.api.responses import line_of
-from service.api.sessions import Shown, answer_line, fed_answer
+from service.api.sessions import Shown, fed_answer, steps_answer
 from service.feeding import done_at, fed_of, shown_together
 from service.registry import Model
 from service.work.events import Column
@@ -56,16 +55,16 @@ def _read(decoder: msgspec.json.Decoder[T], data: bytes) -> T | None:
         return None
 
 
-def answers(model: Model, column: Column, asked: Sequence[Shown]) -> list[bytes]:
-    """The answers to those of a column, each a line of JSON; `asked`: one a place."""
+def answers(model: Model, column: Column, asked: Sequence[Shown]) -> list[dict[str, Any]]:
+    """The answers to those of a column; `asked`: one a place."""
     wanted = [None if one.predictions == "none" else one.alternatives for one in asked]
     shown = shown_together(model, column, wanted)
-    found: list[bytes] = []
+    found: list[dict[str, Any]] = []
     for i, (head, created, prediction) in enumerate(zip(column.heads, column.created, shown, strict=True)):
         if prediction is not None:
-            found.append(line_of(fed_answer(head, 1, created, [prediction])))
+            found.append(fed_answer(head, 1, created, [prediction]))
         elif wanted[i] is None:
-            found.append(line_of(fed_answer(head, 1, created, [])))
+            found.append(fed_answer(head, 1, created, []))
         else:
-            found.append(answer_line(fed_of(model, done_at(column, i, True)), asked[i]))
+            found.append(steps_answer(fed_of(model, done_at(column, i, True)), asked[i]))
     return found

@@ -17,6 +17,7 @@ from service.api import errors
 from service.api.auth import EVERYTHING, Keys
 from service.api.columns import PlainStep, answers, plain_step
 from service.api.limits import steps_in
+from service.api.responses import line_of
 from service.api.sessions import StepsBody, answer_line, feed_of, written
 from service.feeding import Fed, Feeding, Gathering, fed_of
 from service.run import Race
@@ -140,7 +141,8 @@ class _Steps:
     def fed(self, gathering: Gathering, column: Column) -> None:
         """Answer those that were fed together."""
         steps: list[Step] = [gathering.whose[i] for i in column.which]
-        written = answers(gathering.model, column, [step.body for step in steps])
+        said = answers(gathering.model, column, [step.body for step in steps])
+        written = [line_of(answer) for answer in said]
         _ANSWERED.inc(len(steps))
         for step, answer in zip(steps, written, strict=True):
             step.write(answer)
