@@ -513,6 +513,12 @@ class Engine:
         self._hold((known.key, held))
         return held
 
+    def standing(self, keys: Sequence[Key], ats: Sequence[object]) -> list[Resident | None]:
+        """Sessions in memory that stand exactly there, by the key of each; None for any other."""
+        self._drop_if_the_store_restarted()
+        held = map(self._residents.get, keys)
+        return [one if one is not None and one.head is at else None for one, at in zip(held, ats, strict=True)]
+
     def forget(self, key: Key) -> None:
         """Drop a session from memory: it has ended, or left for another model version. From any thread."""
         if self._residents.pop(key, None) is not None:

@@ -135,6 +135,9 @@ class Host(Protocol):
     def resident(self, known: Head) -> Resident:
         """A session that stands at `known` or, by this process's own commits, further on."""
 
+    def standing(self, keys: Sequence[Key], ats: Sequence[object]) -> list[Resident | None]:
+        """Sessions in memory that stand exactly there, by the key of each; None for any other."""
+
     def next_epoch(self, key: Key) -> int:
         """An epoch that this id has never had."""
 

@@ -90,7 +90,12 @@ class Feeds(Work):
         """Take the sessions that have nothing to do but this step."""
         self._host, self._snapshot_every = host, host.keeping.snapshot_every
         self.entries = self._asked.entries
-        gaps, bases = host.codec.gaps(self.entries), [self._base(at) for at in self._asked.ats]
+        ats, gaps = self._asked.ats, host.codec.gaps(self.entries)
+        held = host.standing(self._asked.keys, ats)
+        bases = [
+            one if one is not None and self._is_plain(one) else self._base(at)
+            for one, at in zip(held, ats, strict=True)
+        ]
         plain = [base is not None and not gap for base, gap in zip(bases, gaps, strict=True)]
         self._bases = cast(list[Resident], bases)
         if not all(plain):
@@ -105,8 +110,11 @@ class Feeds(Work):
             base = self._host.resident(at) if isinstance(at, Head) else begun(self._host, at)
         except Exception:
             return None  # it meets the same on its own, and is told
-        due = base.folded - base.snapshot_at >= self._snapshot_every
-        return None if due or len(base.tail) else base
+        return base if self._is_plain(base) else None
+
+    def _is_plain(self, base: Resident) -> bool:
+        """Whether a session has nothing to do but this step: neither a snapshot, nor what a wake-up has to fold."""
+        return base.folded - base.snapshot_at < self._snapshot_every and not len(base.tail)
 
     def each(self) -> list[Feed]:
         """Those that are left as work of their own."""
