@@ -384,7 +384,8 @@ class Engine:
         for _, work in showing:
             work.show_again()
         sampler = self._sampler_of(rolling)
-        uniform = sampler.numbers(np.array([work.next_position for work in rolling]), steps)
+        first = np.array([work.next_position for work in rolling])
+        uniform = sampler.numbers(first, steps)
         tokens, logprobs = np.empty((steps, len(works)), np.int64), np.empty((steps, len(works)), np.float32)
 
         taken = 0
@@ -400,6 +401,8 @@ class Engine:
         entries = np.array([work.entries[-1] for work in rolling])
         ahead = len(works) >= AHEAD_DRAWN and all(work.steps > steps for work in rolling)
         folded = self._runner.roll(entries, [work.row for work in works], self._until_hurried(steps), draw, ahead)
+        # Now, and not when they are needed: then the event loop is busy with what is told of this tick.
+        sampler.prepare(first + taken, steps)
         if not folded.finite:
             self._roll_with_care(works, taken)
             return Took(perf_counter() - began, taken)

@@ -99,17 +99,23 @@ class Sampler:
         self._limited = [(i, s) for i, s in enumerate(how) if s.top_k or s.top_p < 1]
         self._rows = np.arange(len(how))
         self._seeds = np.array(seeds, np.uint64)
-        self._ahead, self._next = np.empty((0, len(how))), np.empty(0)
+        self._made, self._first = np.empty((0, len(how))), np.zeros(len(how), np.int64)
 
     def numbers(self, first: Array, count: int) -> Array:
         """The uniform numbers of positions first to first + count - 1, [count, rows]; `first`: one a row."""
-        if len(self._ahead) < count or not np.array_equal(first, self._next):
+        self.prepare(first, count)
+        begin = int(first[0] - self._first[0])
+        return self._made[begin : begin + count]
+
+    def prepare(self, first: Array, count: int) -> None:
+        """Work out the same, unless they are there from an earlier call."""
+        ahead = first - self._first
+        begin = int(ahead[0])
+        if begin < 0 or begin + count > len(self._made) or (ahead != begin).any():
             span = np.arange(count * AHEAD, dtype=np.uint64)[:, None]
             positions = (span + first.astype(np.uint64)).ravel()
             numbers = _numbers(np.tile(self._seeds, len(span)), positions, Purpose.TOKEN)
-            self._ahead = numbers.reshape(len(span), -1)
-        found, self._ahead, self._next = self._ahead[:count], self._ahead[count:], first + count
-        return found
+            self._made, self._first = numbers.reshape(len(span), -1), first
 
     def draw(self, logits: Array, uniform: Array) -> tuple[Array, Array]:
         """`logits` [n, V] and `uniform` [n] to ids [n] int64 and their log-probabilities at temperature 1 [n]."""

@@ -111,10 +111,12 @@ def test_a_samplers_numbers_are_those_of_seed_and_position(data: st.DataObject) 
     for count in data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=6)):
         if data.draw(st.booleans()):
             at = at + 1
+        if data.draw(st.booleans()):
+            sampler.prepare(at, data.draw(st.integers(1, 40)))
         found = sampler.numbers(at, count)
         expected = [uniforms(seed, first, count, Purpose.TOKEN) for seed, first in zip(seeds, at.tolist(), strict=True)]
         assert (found == np.array(expected).T).all()
-        at = at + count
+        at = at + data.draw(st.integers(0, count))
 
 
 def test_temperature_0_is_greedy_and_the_first_of_equals() -> None:
