@@ -10,7 +10,7 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -61,6 +61,8 @@ CUT_SHORT = "cut short: it was read too slowly or the service stops, and without
 PART_BYTES = 64 * 1024
 """of events that are sent together"""
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+_encode = msgspec.json.Encoder().encode
 
 _EVENT_ID = re.compile(r"^([0-9]{1,15})\.([0-9]{1,16})(-end)?$")
 
@@ -491,19 +493,14 @@ def _end_block(run: Run) -> bytes | None:
 
 
 def _token_blocks(epoch: int, tokens: Sequence[Token]) -> bytes:
-    return "".join(
-        [f"event: token\nid: {epoch}.{token.position}\ndata: {token_data(token)}\n\n" for token in tokens]
-    ).encode()
+    return b"".join(
+        [b"event: token\nid: %d.%d\ndata: %b\n\n" % (epoch, token.position, token_data(token)) for token in tokens]
+    )
 
 
-def token_data(token: Token) -> str:
+def token_data(token: Token) -> bytes:
     """What is told of a token, as JSON."""
-    return f'{{"position":{token.position},"token":{token.token},"text":{_json(token.text)},"logprob":{token.logprob}}}'
-
-
-@lru_cache(4096)
-def _json(text: str) -> str:
-    return msgspec.json.encode(text).decode()
+    return _encode(token if token.alternatives is None else msgspec.structs.replace(token, alternatives=None))
 
 
 def _done_block(epoch: int, generation: Generation, rest: str) -> bytes:

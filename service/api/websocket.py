@@ -454,7 +454,7 @@ class Connection:
     async def _tokens(self, epoch: int, tokens: list[Token], ref: object) -> None:
         head = _head("token", ref)
         for token in tokens:
-            await self._send(f'{head}"id":"{epoch}.{token.position}",{token_data(token)[1:]}')
+            await self._send(f'{head}"id":"{epoch}.{token.position}",{token_data(token)[1:].decode()}')
 
     async def _say(self, kind: str, ref: object, members: dict[str, Any], replayed: bool = False) -> None:
         await self._send(_head(kind, ref, replayed) + msgspec.json.encode(members)[1:].decode())

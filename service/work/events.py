@@ -47,7 +47,7 @@ class Done(msgspec.Struct, frozen=True):
     verdict: Verdict | None = None
 
 
-class Token(msgspec.Struct, frozen=True, gc=False):
+class Token(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One token that was drawn and, in a session, committed."""
 
     position: int
