@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.http as triton
@@ -224,7 +225,7 @@ class Told:
         entries = self._codec.encode(self.chunks[chunk])
         mine = self._codec.predictions(outputs, self._position + 1, self._before, entries, 5)
         theirs = self._server.steps(self.native, self.chunks[chunk], model=self.manifest.name, predictions="all")
-        assert json.loads(json.dumps(mine)) == theirs["predictions"]
+        assert msgspec.to_builtins(mine) == theirs["predictions"]
         self._position += len(entries)
         self._before = {name: array[-1] for name, array in outputs.items()}
         assert result.get_response()["parameters"]["position"] == self._position == theirs["position"]
@@ -581,7 +582,7 @@ def test_without_a_sequence_nothing_is_kept(
     for i, one in enumerate(sequences):
         outputs = {spec.name: result.as_numpy(spec.name)[i] for spec in manifest.outputs}
         mine = codec.predictions(outputs, 1, None, codec.encode(one), 5)
-        assert json.loads(json.dumps(mine)) == native["predictions"][i]
+        assert msgspec.to_builtins(mine) == native["predictions"][i]
     assert server.ok(server.http.get("/v1/sessions?limit=1000"))["data"] == before
 
 
