@@ -51,7 +51,7 @@ WINDOW = 4096
 SLICE, SLICE_ALONE = 256, 64
 """lines that are worked on before others have the event loop, and lines that go their own way"""
 PART_BYTES = 64 * 1024
-"""a part of the answer that is as long is sent"""
+"""no part of the answer is longer, and one that is as long is sent"""
 
 
 class BulkLine(StepsBody):
@@ -163,6 +163,7 @@ class Bulk:
             await asyncio.sleep(0)
             await self._answer_until(WINDOW - SLICE, send)
         await self._answer_until(0, send)
+        await self._send_parts(PART_BYTES, send)
         await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": False})
 
     async def _answer_until(self, most: int, send: Send) -> None:
@@ -172,7 +173,7 @@ class Bulk:
             if not (ready or len(self._begun) - self._next > most):
                 return
             if len(self._parts) >= PART_BYTES or (self._parts and not ready):
-                await self._send_part(send)
+                await self._send_parts(0, send)
             await self._take_next()
 
     async def _take_next(self) -> None:
@@ -206,9 +207,12 @@ class Bulk:
         begun = self._begun[self._next]
         return isinstance(begun, Written) or (isinstance(begun, Line) and begun.ready)
 
-    async def _send_part(self, send: Send) -> None:
-        await send({"type": "http.response.body", "body": bytes(self._parts), "more_body": True})
-        self._parts.clear()
+    async def _send_parts(self, most: int, send: Send) -> None:
+        """Send what is written until no more than `most` bytes of it are left."""
+        while len(self._parts) > most:
+            part = bytes(self._parts[:PART_BYTES])
+            del self._parts[:PART_BYTES]
+            await send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def drop(self) -> None:
         """Feed nothing more: nobody waits for it."""

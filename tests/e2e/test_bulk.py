@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from live import MakeServer, Server, problem
 from tiny import LETTERS as SYMBOLS
 
-from service.api.bulk import MAX_LINES, WINDOW
+from service.api.bulk import MAX_LINES, PART_BYTES, WINDOW
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 LETTERS = {"model": "tiny-letters", "seed": 1}
@@ -72,6 +72,28 @@ def test_an_answer_is_the_one_that_a_post_of_its_own_gets(
         ):
             assert together == {**alone, "session": f"{name}-{i}"}
     assert server.state(f"{name}-7") == server.state(f"{name}-alone")
+
+
+def test_no_part_of_an_answer_is_long(server: Server, name: str) -> None:
+    lines = [{"session": f"{name}-{i}", "inputs": [i % 10], "alternatives": 13, **LETTERS} for i in range(300)]
+    bulk(server, *lines)
+    for line in lines:
+        del line["seed"]  # the sessions live now: these are plain steps
+    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client, client.makefile("rb") as answer:
+        head = f"POST /v1/steps HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/x-ndjson\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        while answer.readline() != b"\r\n":
+            pass
+        parts: list[bytes] = []
+        while size := int(answer.readline(), 16):
+            parts.append(answer.read(size))
+            answer.readline()
+    said = [json.loads(line) for line in b"".join(parts).splitlines()]
+    assert [one["session"] for one in said] == [line["session"] for line in lines]
+    assert all(one["position"] == 2 and len(one["predictions"][0]["alternatives"]) == 13 for one in said)
+    assert len(parts) > 2 and max(map(len, parts)) <= PART_BYTES
 
 
 LINES = st.lists(
