@@ -23,6 +23,7 @@ from service.store import base as base_module
 from service.store import memory as memory_module
 from service.store import redis as redis_module
 from service.store.base import (
+    MAX_GROWN,
     TOMBSTONE_TTL_S,
     Applied,
     Branch,
@@ -281,6 +282,23 @@ def test_a_step_is_stored_as_its_commit_would_be(store: Store, clock: Clock) -> 
     assert logs[0] == [
         Segment("", 0, 3, "fed", b"xyz", "n", ((1, clock.now - 20), (1, clock.now - 10), (1, clock.now)))
     ]
+
+
+def test_many_steps_in_a_row_are_all_in_the_log(store: Store, clock: Clock) -> None:
+    """More than one segment that grows takes in, and the arithmetic changes on the way."""
+    head, begun = create(store), clock.now
+    numerics = ["n"] * (MAX_GROWN + 10) + ["m"] * 20
+    entries = [bytes([i % 251]) for i in range(len(numerics))]
+    for entry, one in zip(entries, numerics, strict=True):
+        clock.now += 1
+        (result,) = store.commit([Step(head, entry, one)])
+        assert isinstance(result, Applied)
+        head = result.head
+    for after, to in ((0, len(entries)), (MAX_GROWN - 3, MAX_GROWN + 3), (100, 101)):
+        log = store.log(head.branch, after, to)
+        assert b"".join(one.data for one in log) == b"".join(entries[after:to])
+        said = [(one.numerics, at) for one in log for count, at in one.at_ms for _ in range(count)]
+        assert said == [(numerics[i], begun + i + 1) for i in range(after, to)]
 
 
 def test_a_step_from_where_the_session_does_not_stand_is_a_conflict(store: Store) -> None:

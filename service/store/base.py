@@ -23,8 +23,8 @@ REPLIES_KEPT = 256
 TENANT_REPLIES_KEPT = 65_536
 SNAPSHOTS_KEPT = 4
 SNAPSHOT_SPACING = 4096
-GROWN = 256
-"""steps of a segment that are not copied for each one more"""
+MAX_GROWN = 256
+"""steps of a segment that goes on growing: to read one of them all are put together"""
 
 Key = tuple[str, str]
 """(tenant, session id); the tenant is "" until keys are switched on."""
@@ -302,7 +302,7 @@ class Growing:
         """Take a step in, if it is the next entry of the same branch, by the same arithmetic."""
         head = step.head
         follows = head.position == self.end + 1 and head.branch == self._branch and step.numerics == self._numerics
-        if not follows or len(self._times_ms) == GROWN:
+        if not follows or len(self._times_ms) == MAX_GROWN:
             return False
         self._data.append(step.data)
         self._times_ms.append(head.updated_ms)
