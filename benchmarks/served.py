@@ -23,7 +23,7 @@ from service.bundle import Bundle, load
 
 START_S = 60.0
 STOP_S = 60.0
-SETTLE_S = 3.0
+SETTLE_S = 6.0
 """longer than the store takes to spread its journal"""
 
 
