@@ -97,6 +97,7 @@ class Sampler:
         self._any_greedy = bool(self._greedy.any())
         self._temperature = None if (temperature == 1).all() else np.where(self._greedy, 1.0, temperature)[:, None]
         self._limited = [(i, s) for i, s in enumerate(how) if s.top_k or s.top_p < 1]
+        self._is_plain = self._temperature is None and not (self._limited or self._any_greedy)
         self._rows = np.arange(len(how))
         self._seeds = np.array(seeds, np.uint64)
         self._made, self._first = np.empty((0, len(how))), np.zeros(len(how), np.int64)
@@ -119,6 +120,8 @@ class Sampler:
 
     def draw(self, logits: Array, uniform: Array) -> tuple[Array, Array]:
         """`logits` [n, V] and `uniform` [n] to ids [n] int64 and their log-probabilities at temperature 1 [n]."""
+        if self._is_plain and len(logits) == 1:
+            return self._draw_one(logits[0], uniform)
         scores = logits.astype(np.float64)
         scores -= scores.max(axis=1, keepdims=True)
         weights = np.exp(scores)
@@ -131,6 +134,16 @@ class Sampler:
         if self._any_greedy:
             drawn = np.where(self._greedy, logits.argmax(axis=1), drawn)
         return drawn, scores[self._rows, drawn] - np.log(total)
+
+    @staticmethod
+    def _draw_one(logits: Array, uniform: Array) -> tuple[Array, Array]:
+        """The same numbers for one row [V] and nothing left out, in half the time: a stream alone waits for each."""
+        scores = logits.astype(np.float64)
+        scores -= scores[scores.argmax()]
+        cumulative = np.add.accumulate(np.exp(scores))
+        beyond = int(cumulative.searchsorted(uniform[0] * cumulative[-1], "right"))
+        drawn = min(beyond, len(scores) - 1)
+        return np.array([drawn]), scores[drawn : drawn + 1] - np.log(cumulative[-1])
 
     def _weights(self, scores: Array, weights: Array) -> Array:
         """What symbols weigh under temperature, top-k and top-p."""

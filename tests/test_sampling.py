@@ -102,6 +102,20 @@ def test_a_rows_symbol_depends_on_that_row_alone(data: st.DataObject) -> None:
     assert logprobs == pytest.approx(log_softmax(logits)[np.arange(rows), together])
 
 
+@given(
+    logits=st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=40),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_row_alone_with_nothing_left_out_is_drawn_as_among_others(logits: list[float], uniform: float) -> None:
+    row = np.array([logits], np.float32)
+    alone = Sampler([Sampling()], [1]).draw(row, np.array([uniform]))
+    among = Sampler([Sampling()] * 3, [1, 2, 3]).draw(np.repeat(row, 3, axis=0), np.full(3, uniform))
+    for one, many in zip(alone, among, strict=True):
+        assert (one.shape, one.dtype) == ((1,), many.dtype)
+        assert many.tobytes() == 3 * one.tobytes()
+
+
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_samplers_numbers_are_those_of_seed_and_position(data: st.DataObject) -> None:
