@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from fastapi_swagger import patch_fastapi
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import metrics
+from service import cores, metrics
 from service.api import (
     bulk,
     errors,
@@ -125,6 +126,7 @@ def _with_keys(openapi: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=cores.free))
 
     def post(events: list[tuple[Listener, Event]]) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to tell

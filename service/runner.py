@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from service import pool, state
 from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec, Window
+from service.cores import Cores
 from service.state import Array, Row
 
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
@@ -60,7 +61,8 @@ class Runner:
 
     def __init__(self, bundle: Bundle, threads: int | Literal["auto"]) -> None:
         self.manifest = bundle.manifest
-        self._session = _open(bundle.graph, 1 if threads == "auto" else threads)
+        count = 1 if threads == "auto" else threads
+        self._session = _open(bundle.graph, count)
         self._check_signature()
         self._input = self.manifest.inputs[0]
         self._names = [spec.name for spec in self.manifest.outputs]
@@ -70,13 +72,16 @@ class Runner:
         # What a windowed session remembers is more than the graph's states: its rows are put together elsewhere.
         is_whole = not isinstance(self.manifest.memory, Window)
         self._pool = pool.Pool(self.manifest.states, self.manifest.outputs) if is_whole else None
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix=f"ahead-{self.manifest.name}")
         if threads == "auto" and len(os.sched_getaffinity(0)) > 1 and self._takes_long():
-            self._session = _open(bundle.graph, 2)
+            count = 2
+            self._session = _open(bundle.graph, count)
+        self._cores = Cores(count)
+        self._beside = ThreadPoolExecutor(1, f"ahead-{self.manifest.name}", self._cores.enter)
         self.batches_exactly, self.numerics = self._verify_golden(bundle)
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
+        self._cores.alone()
         return self._kept(*self._timed(entries, pool.stack(self.manifest.states, rows)))
 
     def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
@@ -84,11 +89,17 @@ class Runner:
 
         That thread does nothing but run the graph: for anything else it would have to wait for the GIL.
         """
-        return self._beside.submit(self._timed, entries, pool.stack(self.manifest.states, rows))
+        states = pool.stack(self.manifest.states, rows)
+        self._cores.begin()
+        return self._beside.submit(self._timed, entries, states)
 
     def end(self, begun: Begun) -> Folded:
         """Wait for what was begun."""
-        return self._kept(*begun.result())
+        try:
+            called = begun.result()
+        finally:
+            self._cores.end()
+        return self._kept(*called)
 
     def _timed(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array], float]:
         began = perf_counter()
@@ -111,6 +122,7 @@ class Runner:
         `steps` are their numbers, at least one, and may end early.
         With `ahead` the step after the last is begun at once, beside what the caller does until the next roll-out.
         """
+        self._cores.alone()
         states = self._rolling.states_of(rows)
         early = self._rolling.early(rows, entries)
         finite = True
