@@ -352,11 +352,13 @@ class SessionWork(Work):
 
     @property
     def steps(self) -> int:
-        """Steps that can be taken now: as many as lie between two snapshots, which are noted between two chunks.
+        """Steps that can be taken now: so many that snapshots lie at most twice as far apart as they may.
 
-        To cut chunks so that snapshots lie at even distances would leave ever shorter ones before each.
+        They are noted between two chunks. To cut chunks so that they lie at even distances would leave ever shorter
+        ones before each.
         """
-        return min(self.remaining, max(self._host.keeping.snapshot_every, LEAST_CHUNK))
+        every, since = self._host.keeping.snapshot_every, self.at - self._snapshot_at
+        return min(self.remaining, max(2 * every - (since if since < every else 0), LEAST_CHUNK))
 
     @property
     def expected(self) -> Fence | None:
