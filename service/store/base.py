@@ -300,13 +300,14 @@ class Growing:
 
     def take(self, step: Stepped) -> bool:
         """Take a step in, if it is the next entry of the same branch, by the same arithmetic."""
-        head = step.head
-        follows = head.position == self.end + 1 and head.branch == self._branch and step.numerics == self._numerics
-        if not follows or len(self._times_ms) == MAX_GROWN:
+        head, times_ms = step.head, self._times_ms
+        position = head.position
+        follows = position == self.end + 1 and head.branch == self._branch and step.numerics == self._numerics
+        if not follows or len(times_ms) == MAX_GROWN:
             return False
         self._data.append(step.data)
-        self._times_ms.append(head.updated_ms)
-        self.end = head.position
+        times_ms.append(head.updated_ms)
+        self.end = position
         return True
 
     def segment(self) -> Segment:
@@ -326,11 +327,13 @@ Written = list[Segment | Growing]
 """Entries of the log in the order in which they were written"""
 
 
-def write_step(written: Written, step: Stepped) -> None:
-    """Write one more entry."""
+def write_step(written: Written, step: Stepped) -> bool:
+    """Write one more entry; returns whether it begins a segment."""
     newest = written[-1] if written else None
-    if not (isinstance(newest, Growing) and newest.take(step)):
-        written.append(Growing(step))
+    if isinstance(newest, Growing) and newest.take(step):
+        return False
+    written.append(Growing(step))
+    return True
 
 
 def segments_of(written: Written, after: int = 0, to: int = sys.maxsize) -> list[Segment]:

@@ -221,9 +221,11 @@ class Feeds(Work):
         none = self._host.codec.none()
         for i, (head, base, row, last) in enumerate(zip(heads, self._bases, self._after, self.entries, strict=True)):
             behind = (base.folded, base.row) if base.folded + 1 - base.snapshot_at > PARK_AFTER else None
-            kept: Row = row if isinstance(row, Slot) else state.own(row)
-            said = row if isinstance(row, Slot) else {name: array[i].copy() for name, array in self._outputs.items()}
-            yield Resident(head, kept, base.folded + 1, none, said, last, base.snapshot_at, behind)
+            if isinstance(row, Slot):
+                yield Resident(head, row, base.folded + 1, none, row, last, base.snapshot_at, behind)
+            else:
+                said = {name: array[i].copy() for name, array in self._outputs.items()}
+                yield Resident(head, state.own(row), base.folded + 1, none, said, last, base.snapshot_at, behind)
 
     def halt(self) -> None:
         """Let those go that nobody waits for; the others go on."""

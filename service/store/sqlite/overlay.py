@@ -129,8 +129,7 @@ class Overlay:
         key = head.key
         entry = self.sessions.get(key) or self._begin(key, head, seq)
         entry.head, entry.seq = head, seq
-        write_step(entry.written, step)
-        if head.branch not in entry.branches:
+        if write_step(entry.written, step) and head.branch not in entry.branches:
             entry.branches.add(head.branch)
             self._writers.setdefault(head.branch, {})[key] = entry
 

@@ -191,11 +191,11 @@ class SqliteStore:
         unspread = self._overlay.sessions
         for key, change in zip(keys, changes, strict=True):
             entry = unspread.get(key)
-            stored = heads.get(key) or (entry.head if entry is not None else self._stored(key))
+            stored = (heads.get(key) if heads else None) or (entry.head if entry is not None else self._stored(key))
             if isinstance(change, Step):
                 if stored is not None and may_step(change, stored):
-                    steps.append(stepped(change, stored, now))
-                    results.append(Applied(steps[-1].head))
+                    steps.append(step := stepped(change, stored, now))
+                    results.append(Applied(step.head))
                     continue
             elif self._holds(change, stored, heads, replies, now):
                 new = stamp(change, stored, now)
