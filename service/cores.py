@@ -43,9 +43,7 @@ class Cores:
 
     def _part(self, graph: int) -> None:
         if Cores._apart is not None:
-            if Cores._apart._under_way:
-                return
-            Cores._apart._join()
+            return
         Cores._apart = self
         first, second = sorted(ALL)
         main = threading.main_thread().native_id
@@ -55,12 +53,9 @@ class Cores:
         _hold(graph, {second})
 
     def end(self) -> None:
-        """A call that was begun beside has ended."""
+        """A call that was begun beside has ended; after the last one all run where they will."""
         self._under_way -= 1
-
-    def alone(self) -> None:
-        """A call begins in this thread: all run where they will."""
-        if self._python:
+        if self._python and not self._under_way:
             with Cores._lock:
                 self._join()
 
@@ -68,8 +63,7 @@ class Cores:
         for thread in (*self._python, *([self._graph] if self._graph is not None else [])):
             _hold(thread, ALL)
         self._python = []
-        if Cores._apart is self:
-            Cores._apart = None
+        Cores._apart = None
 
 
 def free() -> None:

@@ -262,33 +262,31 @@ class Engine:
             self._unscheduled.append(work)
 
     def _tick(self) -> None:
-        if self._ahead and self._ahead[0].begun.done():
-            self._land()
-        works, self._unscheduled = self._unscheduled, []
+        landed = self._ahead.popleft() if self._ahead and self._ahead[0].begun.done() else None
         batch = self._next_batch()
+        large = batch is not None and _is_large(batch)
         if batch is not None:
             waited = perf_counter() - batch.since
             self._queue_seconds.observe(waited)
             self._patience = max(HURRY_S, waited)
-        if batch is None:
+            if large:
+                self._begin_ahead(batch)  # first: the graph shall not wait for what is to be done with the last one
+        if landed is not None:
+            self._land(landed)
+        if batch is not None and not large:
+            while self._ahead:
+                self._land(self._ahead.popleft())
+        works, self._unscheduled = self._unscheduled, []
+        if batch is None or large:
             self._finish(works)
-        elif batch.draws or batch.width < AHEAD_FED:
-            self._finish([*works, *batch.rows], batch)
         else:
-            self._finish(works)
-            self._begin_ahead(batch)
+            self._finish([*works, *batch.rows], batch)
 
     def _next_batch(self) -> Batch[Work] | None:
-        """What is to be run now: beside what is under way only another large fold."""
-        if not self._ahead:
-            return self._scheduler.next()
-        if len(self._ahead) == MAX_AHEAD or self._scheduler.waiting < AHEAD_FED:
+        """What is to be run now: beside what is under way only where it may be a large fold."""
+        if self._ahead and (len(self._ahead) == MAX_AHEAD or self._scheduler.waiting < AHEAD_FED):
             return None
-        batch = self._scheduler.next()
-        if batch is not None and (batch.draws or batch.width < AHEAD_FED):
-            while self._ahead:
-                self._land()
-        return batch
+        return self._scheduler.next()
 
     def _begin_ahead(self, batch: Batch[Work]) -> None:
         """Begin a large fold in another thread."""
@@ -301,9 +299,8 @@ class Engine:
         else:
             self._finish(batch.rows)
 
-    def _land(self) -> None:
-        """Take what the oldest fold that was begun ahead has given, commit it and answer."""
-        ahead = self._ahead.popleft()
+    def _land(self, ahead: Ahead) -> None:
+        """Take what a fold that was begun ahead has given, commit it and answer."""
         self._finish(ahead.batch.rows, ahead.batch, ahead)
 
     def _finish(self, works: list[Work], batch: Batch[Work] | None = None, ahead: "Ahead | None" = None) -> None:
@@ -610,6 +607,11 @@ class Engine:
             with suppress(StoreError):  # without it the next wake-up takes a little longer
                 branch = home(self.line(resident.head.branch), resident.head.branch, position)
                 self._parking.append(Snapshot(branch, position, self.numerics, data, self.manifest.graph_sha256))
+
+
+def _is_large(batch: Batch[Work]) -> bool:
+    """Whether a batch is a fold that is begun ahead."""
+    return not batch.draws and batch.width >= AHEAD_FED
 
 
 def _call_of(works: Sequence[Work], steps: int) -> tuple[Array, list[Row], list[int]]:

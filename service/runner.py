@@ -81,7 +81,6 @@ class Runner:
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
-        self._cores.alone()
         return self._kept(*self._timed(entries, pool.stack(self.manifest.states, rows)))
 
     def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
@@ -90,8 +89,9 @@ class Runner:
         That thread does nothing but run the graph: for anything else it would have to wait for the GIL.
         """
         states = pool.stack(self.manifest.states, rows)
+        begun = self._beside.submit(self._timed, entries, states)
         self._cores.begin()
-        return self._beside.submit(self._timed, entries, states)
+        return begun
 
     def end(self, begun: Begun) -> Folded:
         """Wait for what was begun."""
@@ -122,7 +122,6 @@ class Runner:
         `steps` are their numbers, at least one, and may end early.
         With `ahead` the step after the last is begun at once, beside what the caller does until the next roll-out.
         """
-        self._cores.alone()
         states = self._rolling.states_of(rows)
         early = self._rolling.early(rows, entries)
         finite = True

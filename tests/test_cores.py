@@ -45,7 +45,6 @@ def test_a_graph_that_runs_beside_has_a_core_of_its_own(two: frozenset[int]) -> 
     assert len(own) == 1
     assert os.sched_getaffinity(0) == two - own
     graph.cores.end()
-    graph.cores.alone()
     assert graph.where() == os.sched_getaffinity(0) == two
 
 
@@ -54,7 +53,7 @@ def test_the_main_thread_keeps_away_too(two: frozenset[int]) -> None:
     engine.submit(graph.cores.begin).result()
     others = two - graph.where()
     assert engine.submit(os.sched_getaffinity, 0).result() == os.sched_getaffinity(0) == others
-    engine.submit(graph.cores.alone).result()
+    engine.submit(graph.cores.end).result()
     assert os.sched_getaffinity(0) == two
 
 
@@ -68,10 +67,7 @@ def test_of_several_models_the_first_has_it_until_it_is_done(two: frozenset[int]
     second.cores.begin()
     assert (first.where(), len(second.where())) == (two, 1)
     assert os.sched_getaffinity(0) == two - second.where()
-    first.cores.alone()  # it has none to give back
-    assert len(second.where()) == 1
     second.cores.end()
-    second.cores.alone()
     assert second.where() == os.sched_getaffinity(0) == two
 
 
@@ -101,17 +97,19 @@ def test_a_thread_that_began_while_the_main_one_was_held_can_be_free(two: frozen
     thread.join()
     assert found == [two]
     graph.cores.end()
-    graph.cores.alone()
 
 
-def test_a_runner_gives_the_core_back_when_it_calls_the_graph_itself(models: Path, two: frozenset[int]) -> None:
+def test_a_runner_gives_the_core_back_when_nothing_is_under_way(models: Path, two: frozenset[int]) -> None:
     runner = Runner(newest(models, "tiny-letters"), 1)
     rows = [state.initial_row(runner.manifest.states)] * 4
     entries = np.zeros((1, 4), "<i4")
-    for _ in range(2):  # its thread is known from the second on
-        together = runner.end(runner.begin(entries, rows))
+    first = runner.begin(entries, rows)
+    runner.end(first)  # its thread is known from now on
+    begun = [runner.begin(entries, rows) for _ in range(2)]
+    together = runner.end(begun[0])
     assert len(os.sched_getaffinity(0)) == 1
-    alone = runner.run(entries, rows)
+    runner.end(begun[1])
     assert os.sched_getaffinity(0) == two
+    alone = runner.run(entries, rows)
     assert all(np.array_equal(together.outputs[name], alone.outputs[name]) for name in alone.outputs)
     runner.close()
