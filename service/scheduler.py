@@ -13,10 +13,10 @@ from typing import Generic, Protocol, TypeVar
 
 MAX_DRAWN = 64
 MAX_STEPS = 512
-TICK_S = 0.025
-"""how long a tick may take: what a newcomer waits, and how many tokens of a stream are sent at once; beside long feeds
-streams keep half of the time"""
-ALONE = 1.6
+TICK_S = {True: 0.022, False: 0.025}
+"""how long a tick of rows that draw, and of rows that do not, may take: what a newcomer waits, and how many tokens of a
+stream are sent at once; beside long feeds streams keep half of the time, what their commits and replies take included"""
+ALONE = 1.8
 """times as long a tick of rows that draw may take while nothing else waits: a newcomer makes it end early"""
 MAX_NUMBERS = 4_000_000
 """of the outputs of a tick"""
@@ -74,7 +74,7 @@ class Pace:
     def most(self, draws: bool, rows: int, alone: bool = False) -> int:
         """The steps that fit into a tick, at least 1; `alone`: nothing else waits."""
         seconds = self._seconds.get((draws, rows.bit_length()), _GUESS_S)
-        in_time = int(TICK_S * (ALONE if draws and alone else 1) / seconds)
+        in_time = int(TICK_S[draws] * (ALONE if draws and alone else 1) / seconds)
         # A roll-out keeps its last step's outputs only.
         return max(1, in_time if draws else min(in_time, MAX_NUMBERS // (rows * self._numbers)))
 

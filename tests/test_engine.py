@@ -492,7 +492,7 @@ def test_the_number_of_tokens_a_tick_changes_nothing(rig: MakeRig, monkeypatch: 
         return [tokens(ear) for ear in ears if ear.end()]
 
     rolled = told()
-    monkeypatch.setattr(scheduler, "TICK_S", 0.0)
+    monkeypatch.setattr(scheduler, "TICK_S", {True: 0.0, False: 0.0})
     assert told() == rolled
 
 
@@ -521,7 +521,7 @@ class Disturbed(CountingRunner):
 @pytest.mark.parametrize("streams", [1, 40])
 def test_a_roll_out_ends_early_for_those_who_come(rig: MakeRig, monkeypatch: pytest.MonkeyPatch, streams: int) -> None:
     """A feed that comes within a roll-out is answered after that step, and the tokens stay the same."""
-    monkeypatch.setattr(scheduler, "TICK_S", 10.0)
+    monkeypatch.setattr(scheduler, "TICK_S", {True: 10.0, False: 10.0})
     monkeypatch.setattr("service.engine.HURRY_S", 0.0)
 
     def told(disturbed: bool) -> tuple[list[list[tuple[int, int, str, float]]], list[tuple[int, int]]]:

@@ -84,7 +84,7 @@ def test_a_tick_takes_as_many_steps_as_fit(draws: bool, alone: bool, step_s: flo
         while scheduler.next() is not None:
             pass
     most = MAX_DRAWN if draws else MAX_STEPS
-    tick_s = TICK_S * (ALONE if alone and draws else 1)
+    tick_s = TICK_S[draws] * (ALONE if alone and draws else 1)
     assert batch.steps == most or batch.steps == 1 or batch.steps * step_s <= tick_s < (batch.steps + 1.5) * step_s
 
 
