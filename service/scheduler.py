@@ -15,7 +15,7 @@ MAX_DRAWN = 64
 MAX_STEPS = 512
 TICK_S = {True: 0.022, False: 0.025}
 """how long a tick of rows that draw, and of rows that do not, may take: what a newcomer waits, and how many tokens of a
-stream are sent at once; beside long feeds streams keep half of the time, what their commits and replies take included"""
+stream are sent at once; beside long feeds streams keep half of the time, with what their commits and replies take"""
 ALONE = 1.8
 """times as long a tick of rows that draw may take while nothing else waits: a newcomer makes it end early"""
 MAX_NUMBERS = 4_000_000
