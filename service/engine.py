@@ -292,12 +292,17 @@ class Engine:
         """Begin a large fold in another thread."""
         self._halt(batch.rows)
         works = [work for work in batch.rows if not (work.halted or work.finished)]
-        if works:
-            begun = self._runner.begin(*_call_of(works, batch.steps))
-            begun.add_done_callback(lambda _: self.wake())
-            self._ahead.append(Ahead(batch, works, begun))
-        else:
+        if not works:
             self._finish(batch.rows)
+            return
+        try:
+            begun = self._runner.begin(*_call_of(works, batch.steps))
+        except Exception:
+            log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=batch.steps)
+            self._finish(batch.rows, batch)  # here and now, where one bad row harms no other
+            return
+        begun.add_done_callback(lambda _: self.wake())
+        self._ahead.append(Ahead(batch, works, begun))
 
     def _land(self, ahead: Ahead) -> None:
         """Take what a fold that was begun ahead has given, commit it and answer."""

@@ -11,8 +11,9 @@ import pytest
 from rigs import MakeRig, Rig
 
 from service import scheduler
+from service.engine import AHEAD_FED
 from service.errors import Problem
-from service.runner import Draw, Folded, Runner
+from service.runner import Begun, Draw, Folded, Runner
 from service.state import Array, Row
 from service.store.base import Commit, CommitUnknown, Conflict, Generation, Head, Key, Snapshot, StoreError
 from service.store.memory import MemoryStore
@@ -244,6 +245,22 @@ def test_a_row_that_fails_harms_that_row_alone(wrap: Any, code: str, rig: MakeRi
     assert ears[3].problem().code == code
     assert all(isinstance(ear.end(), Done) for i, ear in enumerate(ears) if i != 3)
     assert one.store.head(key("s3")) is None and one.store.head(key("s2")) is not None
+
+
+class Unbegun(Poisoned):
+    """Can begin no call beside."""
+
+    def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
+        raise RuntimeError("no memory for the batch")
+
+
+def test_a_large_fold_that_can_not_be_begun_beside_is_run_here(rig: MakeRig) -> None:
+    one = rig(wrap=Unbegun, start=False, max_batch=256)
+    ears = [feed(one, symbols(1, POISON if i == 3 else 2), f"s{i}", new=True) for i in range(AHEAD_FED + 8)]
+    one.start()
+    assert ears[3].problem().code == "internal"
+    assert all(isinstance(ear.end(), Done) for i, ear in enumerate(ears) if i != 3)
+    assert isinstance(feed(one, symbols(1), "s0").end(), Done)
 
 
 @pytest.mark.parametrize("wrap", [Poisoned, NotFinite])
