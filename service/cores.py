@@ -27,7 +27,8 @@ class Cores:
         """`threads`: those of a call of the graph."""
         self._able = threads == 1 and len(ALL) == 2
         self._graph: int | None = None
-        self._python: list[int] = []
+        self._held: list[int] = []
+        """the threads that are kept to a core"""
         self._under_way = 0
 
     def enter(self) -> None:
@@ -37,7 +38,7 @@ class Cores:
     def begin(self) -> None:
         """A call of the graph begins beside this thread, which keeps away from it from now on, as the main one does."""
         self._under_way += 1
-        if self._able and not self._python and self._graph is not None:
+        if self._able and not self._held and self._graph is not None:
             with Cores._lock:
                 self._part(self._graph)
 
@@ -47,22 +48,23 @@ class Cores:
         Cores._apart = self
         first, second = sorted(ALL)
         main = threading.main_thread().native_id
-        self._python = [threading.get_native_id(), *([main] if main is not None else [])]
-        for thread in self._python:
+        python = [threading.get_native_id(), *([main] if main is not None else [])]
+        for thread in python:
             _hold(thread, {first})
         _hold(graph, {second})
+        self._held = [*python, graph]
 
     def end(self) -> None:
         """A call that was begun beside has ended; after the last one all run where they will."""
         self._under_way -= 1
-        if self._python and not self._under_way:
+        if self._held and not self._under_way:
             with Cores._lock:
                 self._join()
 
     def _join(self) -> None:
-        for thread in (*self._python, *([self._graph] if self._graph is not None else [])):
+        for thread in self._held:
             _hold(thread, ALL)
-        self._python = []
+        self._held = []
         Cores._apart = None
 
 

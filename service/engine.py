@@ -299,7 +299,9 @@ class Engine:
             begun = self._runner.begin(*_call_of(works, batch.steps))
         except Exception:
             log.exception("batch_failed", model=self.manifest.name, rows=len(works), steps=batch.steps)
-            self._finish(batch.rows, batch)  # here and now, where one bad row harms no other
+            while self._ahead:
+                self._land(self._ahead.popleft())
+            self._finish(batch.rows, batch)  # in this thread, where one bad row harms no other
             return
         begun.add_done_callback(lambda _: self.wake())
         self._ahead.append(Ahead(batch, works, begun))
