@@ -130,6 +130,7 @@ class Engine:
         """when what is begun, or goes on, was there: the oldest of the inbox, the end of its tick"""
         self._inbox_since = 0.0
         self._unscheduled: list[Work] = []
+        self._untold: list[tuple[Listener, Event]] = []
         self._ahead: deque[Ahead] = deque()
         self._queued_steps = 0
         self._stopping = False
@@ -198,6 +199,7 @@ class Engine:
         while self._admit():
             self._tick()
         self._commit([])
+        self._tell()
 
     def _admit(self) -> bool:
         """Begin what has arrived; wait while there is nothing to do. False: stop."""
@@ -205,7 +207,10 @@ class Engine:
             while not self._something_to_do():
                 if self._stopping and not self._ahead:
                     return False
-                self._arrived.wait()
+                if self._untold:
+                    self._tell()
+                else:
+                    self._arrived.wait()
             arrived, self._inbox = self._inbox, deque()
             self._since = self._inbox_since
         for work in arrived:
@@ -249,7 +254,7 @@ class Engine:
 
     def _explained(self, head: Head) -> Event:
         """Why entries are missing: another replica has moved the session since its head was read, or they are lost."""
-        newest = self._store.head(head.key)
+        newest = self._asked().head(head.key)
         if newest is None or newest.fence != head.fence:
             return LostRace(newest)
         log.error("log_damaged", session=head.id, position=head.position)
@@ -378,7 +383,13 @@ class Engine:
         return Problem("internal", "the model could not be run on these inputs")
 
     def _fold(self, works: list[Work], steps: int, begun: Begun | None = None) -> Took:
-        folded = self._runner.end(begun) if begun is not None else self._runner.run(*_call_of(works, steps))
+        if begun is None:
+            call = _call_of(works, steps)
+            self._tell()
+            folded = self._runner.run(*call)
+        else:
+            self._tell()
+            folded = self._runner.end(begun)
         end = 0
         for work in works:
             begin, end = end, end + work.width
@@ -411,6 +422,7 @@ class Engine:
 
         entries = np.array([work.entries[-1] for work in rolling])
         ahead = len(works) >= AHEAD_DRAWN and all(work.steps > steps for work in rolling)
+        self._tell()
         folded = self._runner.roll(entries, [work.row for work in works], self._until_hurried(steps), draw, ahead)
         # Now, and not when they are needed: then the event loop is busy with what is told of this tick.
         sampler.prepare(first + taken, steps)
@@ -476,7 +488,7 @@ class Engine:
 
     def _committed(self, due: Sequence[Change], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
         try:
-            return list(self._store.commit(due, parking))
+            return list(self._asked().commit(due, parking))
         except StoreError as error:
             log.error("commit_failed", error=str(error))
             return [problem_of(error)] * len(due)
@@ -495,10 +507,9 @@ class Engine:
                 self._try(work, work.advance)
 
     def _reply(self, works: list[Work]) -> None:
-        posted: list[tuple[Listener, Event]] = []
         self._since = perf_counter()
         for work in works:
-            posted += work.events
+            self._untold += work.events
             work.events = []
             self._begin_strays(work)
             if work.finished:
@@ -509,8 +520,21 @@ class Engine:
         if ended:
             with self._arrived:
                 self._queued_steps -= ended
-        if posted:
-            self._post(posted)
+
+    def _tell(self) -> None:
+        """Hand the answers of past ticks to the event loop.
+
+        When the graph runs next, or the store, or there is nothing else to do: sooner, the event loop would take the
+        interpreter from this thread while the graph waits for it.
+        """
+        if self._untold:
+            told, self._untold = self._untold, []
+            self._post(told)
+
+    def _asked(self) -> Store:
+        """The store, to be read or written: that may take its time, so nobody shall wait for it who has his answer."""
+        self._tell()
+        return self._store
 
     # ------------------------------------------------------------------ sessions in memory
 
@@ -567,31 +591,31 @@ class Engine:
 
     def snapshot(self, head: Head, below: int) -> Snapshot | None:
         """The newest snapshot of this model's state before `below`."""
-        found = self._store.snapshot(head.branch, below, self.manifest.graph_sha256)
+        found = self._asked().snapshot(head.branch, below, self.manifest.graph_sha256)
         return found if found is not None and found.position >= head.origin else None
 
     def snapshots(self, head: Head, to: int) -> list[int]:
         """Positions of the snapshots of this model's state up to `to`."""
-        return self._store.snapshots(head.branch, head.origin - 1, to, self.manifest.graph_sha256)
+        return self._asked().snapshots(head.branch, head.origin - 1, to, self.manifest.graph_sha256)
 
     def log(self, branch: str, after: int, to: int) -> list[Segment]:
         """The segments of positions after + 1 to `to`."""
-        return self._store.log(branch, after, to)
+        return self._asked().log(branch, after, to)
 
     def log_entries(self, head: Head, after: int, to: int) -> Array:
         """The session's entries from position after + 1 to `to`; raises Problem when they are not all there."""
-        entries = self.codec.entries(b"".join(segment.data for segment in self._store.log(head.branch, after, to)))
+        entries = self.codec.entries(b"".join(segment.data for segment in self._asked().log(head.branch, after, to)))
         if len(entries) != to - after:
             raise LogDamaged(head)
         return entries
 
     def line(self, branch: str) -> Line:
         """What comes before a branch's own entries."""
-        return self._store.line(branch)
+        return self._asked().line(branch)
 
     def next_epoch(self, key: Key) -> int:
         """An epoch that this id has never had."""
-        return self._store.next_epoch(key)
+        return self._asked().next_epoch(key)
 
     def _hold(self, *held: tuple[Key, Resident | None]) -> None:
         """Keep sessions in memory as they are now (None: not any more); park those that were not used for longest."""

@@ -21,19 +21,34 @@ from service.state import Array, Row
 FIRST_BYTES, LEAST_BYTES = 2**30, 64 * 2**20
 """of the first block: address space until they are written. A batch from two blocks takes twice as long to put
 together, so the first one is made for all sessions that are in memory, unless the machine refuses so much at once."""
+RECENT, RECENT_BYTES = 8, 16 * 2**20
+"""batches that are remembered as they were kept, and their bytes"""
 
 Places = list[tuple[int, Any, int | Array]]
 """Where slots are: (block, which of the batch, where in the block); a number for a slot that is alone"""
 
 
+class Together:
+    """States that were kept as one batch: the same sessions often make a batch again, in the same order."""
+
+    __slots__ = ("nbytes", "numbers", "states")
+
+    def __init__(self, numbers: list[int], states: Sequence[Array]) -> None:
+        self.numbers = numbers
+        self.states = list(states)
+        self.nbytes = sum(array.nbytes for array in states)
+
+
 class Slot(Sequence[Array]):
     """One session's state, and the outputs that came with it; as a sequence it is the state, in copies."""
 
-    __slots__ = ("number", "pool")
+    __slots__ = ("number", "pool", "together")
 
-    def __init__(self, pool: "Pool", number: int) -> None:
+    def __init__(self, pool: "Pool", number: int, together: Together | None = None) -> None:
         self.pool = pool
         self.number = number
+        self.together = together
+        """what it was kept with, if that is remembered"""
 
     def __del__(self) -> None:
         self.pool.free.append(self.number)
@@ -133,6 +148,7 @@ class Pool:
         """how many all blocks have, and the first that was never in use"""
         self._first = max(1, first_bytes // max(1, sum(tensor.nbytes for tensor in self._tensors())))
         """slots of the first block"""
+        self._recent: deque[Together] = deque()
         self._least = max(1, self._first * LEAST_BYTES // FIRST_BYTES)
         """to how many they may be cut down when there is not so much memory"""
 
@@ -152,11 +168,21 @@ class Pool:
             fresh = count - len(numbers)
             numbers += range(self._unused, self._unused + fresh)
             self._unused += fresh
-        slots = [Slot(self, number) for number in numbers]  # free again if what follows fails
+            together = self._remember(numbers, states)
+        slots = [Slot(self, number, together) for number in numbers]  # free again if what follows fails
         places = self.places(numbers)
         for tensor, batch in pairs:
             tensor.scatter(places, batch)
         return slots
+
+    def _remember(self, numbers: list[int], states: Sequence[Array]) -> Together | None:
+        together = Together(numbers, states)
+        if len(numbers) == 1 or together.nbytes > RECENT_BYTES:
+            return None
+        self._recent.append(together)
+        while len(self._recent) > RECENT or sum(one.nbytes for one in self._recent) > RECENT_BYTES:
+            self._recent.popleft().states = []
+        return together
 
     def _grow(self) -> None:
         more = self._slots or self._first
@@ -172,7 +198,9 @@ class Pool:
         self._slots += more
 
     def gather(self, rows: Sequence[Row]) -> list[Array]:
-        """The states as a batch, those of the slots at once and others one after another."""
+        """The states as a batch, to be read only: those of the slots at once and others one after another."""
+        if batch := _as_kept(rows):
+            return batch
         numbers = [row.number if isinstance(row, Slot) and row.pool is self else None for row in rows]
         places = self.places([number or 0 for number in numbers])
         batch = [tensor.gather(places, len(rows)) for tensor in self.states]
@@ -202,6 +230,16 @@ class Pool:
 
     def _begin(self, block: int) -> int:
         return self._first << block - 1 if block else 0
+
+
+def _as_kept(rows: Sequence[Row]) -> list[Array]:
+    """The batch that these rows were kept as, if they are all of one, and it is remembered."""
+    together = rows[0].together if isinstance(rows[0], Slot) else None
+    if together is None or len(together.numbers) != len(rows):
+        return []
+    slots = [row for row in rows if isinstance(row, Slot) and row.together is together]
+    # Each is another one: a slot that is held keeps its number.
+    return together.states if [slot.number for slot in slots] == together.numbers else []
 
 
 def stack(specs: Sequence[StateSpec], rows: Sequence[Row]) -> list[Array]:

@@ -30,25 +30,44 @@ def keep(kept: Pool, seeds: list[int]) -> list[Slot]:
 
 
 @given(
-    rounds=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12, unique=True), min_size=1, max_size=12),
+    batches=st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=8, unique=True), min_size=1, max_size=4),
+    order=st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=30),
     first=st.sampled_from([1, 400, 5000]),
+    recent=st.sampled_from([(1, 10**6), (3, 10**6), (8, 700), (8, 10**6)]),
 )
-@settings(max_examples=60, deadline=None)
-def test_sessions_that_come_and_go_keep_what_is_theirs(rounds: list[list[int]], first: int) -> None:
-    """Each round steps some of the sessions, which lets go of their slots of before."""
-    kept, held = Pool(SPECS, OUTPUTS, first), dict[int, tuple[int, Slot]]()
-    for number, sessions in enumerate(rounds):
-        seeds = [100 * number + session for session in sessions]
-        for session, seed, slot in zip(sessions, seeds, keep(kept, seeds), strict=True):
-            held[session] = (seed, slot)
-        known = list(held.values())
-        batch = state.unstack(SPECS, kept.gather([slot for _, slot in known]))
-        said = kept.output("logits", [slot for _, slot in known])
-        for (seed, slot), row, output in zip(known, batch, said, strict=True):
-            assert same(row, random_row(seed)) and same(slot, random_row(seed)) and same(slot[1:], random_row(seed)[1:])
-            assert output.tolist() == slot.output["logits"].tolist() == [seed] * 5
-    numbers = [slot.number for _, slot in held.values()]
-    assert sorted([*numbers, *kept.free]) == list(range(len(numbers) + len(kept.free)))
+@settings(max_examples=150, deadline=None)
+def test_sessions_that_come_and_go_keep_what_is_theirs(
+    batches: list[list[int]], order: list[tuple[int, bool]], first: int, recent: tuple[int, int]
+) -> None:
+    """Each round steps one of a few batches, as an engine does: some are there again as they were, others mixed."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pool, "RECENT", recent[0])
+        patched.setattr(pool, "RECENT_BYTES", recent[1])
+        kept, held = Pool(SPECS, OUTPUTS, first), dict[int, tuple[int, Slot]]()
+        for number, (chosen, looked_at) in enumerate(order):
+            sessions = batches[chosen % len(batches)]
+            seeds = [100 * number + session for session in sessions]
+            check(kept, [held[session] for session in sessions if session in held])
+            for session, seed, slot in zip(sessions, seeds, keep(kept, seeds), strict=True):
+                held[session] = (seed, slot)
+            if looked_at:
+                check(kept, list(held.values()))
+                for seed, slot in held.values():
+                    assert same(slot, random_row(seed)) and same(slot[1:], random_row(seed)[1:])
+                    assert slot.output["logits"].tolist() == [seed] * 5
+        check(kept, list(held.values()))
+        numbers = [slot.number for _, slot in held.values()]
+        assert sorted([*numbers, *kept.free]) == list(range(len(numbers) + len(kept.free)))
+
+
+def check(kept: Pool, held: list[tuple[int, Slot]]) -> None:
+    """What is gathered of some slots is theirs."""
+    if not held:
+        return
+    slots = [slot for _, slot in held]
+    batch, said = state.unstack(SPECS, kept.gather(slots)), kept.output("logits", slots)
+    for (seed, _), row, output in zip(held, batch, said, strict=True):
+        assert same(row, random_row(seed)) and output.tolist() == [seed] * 5
 
 
 @given(where=st.lists(st.sampled_from(["here", "elsewhere", "own"]), min_size=1, max_size=9))
@@ -112,6 +131,7 @@ def come_and_go(kept: Pool, start: threading.Barrier, thread: int) -> list[tuple
     for i in range(6):
         seeds = [1000 * thread + 10 * i + j for j in range(4)]
         slots = keep(kept, seeds)
+        check(kept, list(zip(seeds, slots, strict=True)))
         if i % 2:
             found.extend(zip(seeds, slots, strict=True))
     return found
