@@ -651,6 +651,41 @@ def test_an_evicted_session_comes_back_as_it_was(rig: MakeRig) -> None:
     assert all(row_of(one, name) == expected for name in "abcde")
 
 
+class SlowToRead(MemoryStore):
+    """Finds a snapshot when somebody has been answered, or when he has waited long enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered = threading.Event()
+        self.in_time = False
+
+    def snapshot(self, branch: str, below: int, graph: str) -> Snapshot | None:
+        self.in_time = self.answered.wait(WAIT_S / 4)
+        return super().snapshot(branch, below, graph)
+
+
+class Visited(CountingRunner):
+    """Something happens while the first call runs."""
+
+    happens: Callable[[], object] = staticmethod(lambda: None)
+
+    def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
+        if not self.calls:
+            self.happens()
+        return super().run(entries, rows)
+
+
+def test_an_answer_does_not_wait_for_a_session_that_wakes(rig: MakeRig) -> None:
+    store, ears, runners = SlowToRead(), list[Ear](), list[Visited]()
+    feed(rig(store=store), many(5), "asleep", new=True).end()
+    one = rig(store=store, start=False, wrap=lambda runner: runners.append(Visited(runner)) or runners[0])
+    runners[0].happens = lambda: ears.append(feed(one, many(3), "asleep"))
+    ears.append(feed(one, many(4), new=True, ear=Ear(lambda _: store.answered.set())))
+    one.start()
+    assert ears[0].end().head.position == 4 and ears[1].end().head.position == 8
+    assert store.in_time
+
+
 class Damaged(MemoryStore):
     """Spoils what is read."""
 
