@@ -342,7 +342,8 @@ class Answer:
     async def whole(self) -> Response:
         """The answer at the end of all choices."""
         try:
-            choices = [await source.whole() for source in self.sources]
+            # At the same time: a run of which nobody reads is suspended.
+            choices = await asyncio.gather(*(source.whole() for source in self.sources))
         finally:
             self.close()
         return JsonResponse(self.part(self._best(choices), usage=self.usage))

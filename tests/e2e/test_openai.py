@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,11 @@ import openai
 import pytest
 from live import ROOT, MakeServer, Server, problem
 from openai.types import Completion
+
+from service import run
+from service.app import create_app
+from service.settings import Settings
+from service.store.memory import MemoryStore
 
 LETTERS = "tiny-letters"
 TAGS = "tiny-tags"
@@ -412,6 +418,25 @@ def test_without_a_session_a_key_gives_the_same_again(client: openai.OpenAI) -> 
         asked: dict[str, Any] = {"model": LETTERS, "prompt": "abc", "max_tokens": tokens, "n": 2}
         first, again = (client.completions.create(**asked, extra_headers=headers) for _ in range(2))
         assert [one.text for one in first.choices] == [one.text for one in again.choices] and first.id == again.id
+
+
+def test_choices_are_read_at_the_same_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice that waited until the one before it was whole would be suspended, as one that nobody reads."""
+    monkeypatch.setattr(run, "UNREAD_S", 0.0)
+
+    async def complete() -> httpx.Response:
+        app = create_app(Settings(models_dir=models, store="memory"), MemoryStore())
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://t", timeout=60) as http,
+        ):
+            asked = {"model": LETTERS, "prompt": "abc", "max_tokens": 3 * run.MAX_UNREAD, "n": 2}
+            return await http.post("/v1/completions", json=asked)
+
+    answer = asyncio.run(complete())
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 6 * run.MAX_UNREAD
 
 
 class Dropper:
