@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training import checkpoint, loop
+from training import checkpoint, device, loop
 from training.checkpoint import CheckpointError, Progress
 from training.config import Recipe, RecipeError, recipe_from
 from training.job import Job, prepare
@@ -83,6 +83,13 @@ def test_a_run_learns_and_writes_only_its_folder(tmp_path: Path) -> None:
     assert meta["recipe"]["train"]["max_steps"] == 120
 
 
+def test_bf16_is_refused_where_the_processor_can_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "bf16_runs", lambda *_: False)
+    with pytest.raises(RecipeError, match="use auto or fp32"):
+        loop.train(job(tmp_path, "train.precision=bf16"), tmp_path / "run", QUIET)
+
+
+@pytest.mark.skipif(not device.bf16_runs("cpu", "lstm"), reason="torch runs no lstm in bf16 on this processor")
 def test_bf16_learns_too(tmp_path: Path) -> None:
     progress = loop.train(job(tmp_path, "train.precision=bf16"), tmp_path / "run", QUIET)
     assert progress.best is not None and progress.best < 5

@@ -14,7 +14,7 @@ BF16_HIDDEN = 128
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with this machine's device and precision instead of `auto`; RecipeError for a device it lacks."""
+    """The recipe with this machine's device and precision instead of `auto`; RecipeError for what it lacks."""
     device = recipe.train.device
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if available(name))
@@ -25,6 +25,8 @@ def resolved(recipe: Recipe) -> Recipe:
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if bf16_pays(device, recipe.model.cell, recipe.model.hidden) else "fp32"
+    if recipe.train.precision == "bf16" and not bf16_runs(device, recipe.model.cell):
+        raise RecipeError("train.precision is bf16, but torch runs no lstm in it on this processor: use auto or fp32")
     return replace(recipe, train=replace(recipe.train, device=device, precision=precision))
 
 
@@ -33,6 +35,20 @@ def available(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_available()
     return device == "cpu" or torch.backends.mps.is_available()
+
+
+def bf16_runs(device: str, cell: str) -> bool:
+    """Whether bf16 autocast works there at all: on CPUs without AVX-512 oneDNN has no LSTM in it."""
+    if device != "cpu" or cell != "lstm":
+        return True
+    with torch.random.fork_rng(devices=[]):  # a run's random numbers do not depend on this
+        layer = torch.nn.LSTM(8, 8)
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            layer(torch.zeros(2, 2, 8))
+    except RuntimeError:
+        return False
+    return True
 
 
 def bf16_pays(device: str, cell: str, hidden: int) -> bool:
