@@ -422,7 +422,7 @@ def test_without_a_session_a_key_gives_the_same_again(client: openai.OpenAI) -> 
 
 def test_choices_are_read_at_the_same_time(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice that waited until the one before it was whole would be suspended, as one that nobody reads."""
-    monkeypatch.setattr(run, "UNREAD_S", 0.0)
+    monkeypatch.setattr(run, "UNREAD_S", 0.05)
 
     async def complete() -> httpx.Response:
         app = create_app(Settings(models_dir=models, store="memory"), MemoryStore())
