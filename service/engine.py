@@ -1,7 +1,8 @@
 """The engine: one thread a model version; one tick advances many sessions.
 
 schedule -> fold or roll out -> commit -> reply. Rows enter and leave between ticks; a reply leaves after its commit.
-Large folds are begun ahead: the commit and the replies of one are made while the graph runs for the next.
+Large folds, and smaller ones of a slow graph, are begun ahead: the commit and the replies of one are made while the
+graph runs for the next.
 """
 
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import structlog
 
 from service import metrics, state, tracing
+from service.balance import Balance
 from service.errors import Problem, invalid, not_ready, overloaded
 from service.runner import Begun
 from service.sampling import Sampler
@@ -51,8 +53,10 @@ T = TypeVar("T")
 AHEAD_DRAWN, AHEAD_FED = 32, 96
 """rows that draw, or that do not, from which on beginning their next call early saves more than it costs: to hand it to
 another thread, and to cut in two what would have come together"""
+AHEAD_SLOW = 24
+"""the same of rows that do not draw, where steps wait for the graph more than for Python"""
 MAX_AHEAD = 2
-"""folds that are under way at once"""
+"""folds that are under way at once: one runs, and the other follows it without asking Python"""
 HURRY_S = 0.008
 """how long a roll-out goes on when others have come, or as long as it has itself waited for others: less would cost
 streams more than it saves the others, since a commit of 64 rows takes about two milliseconds"""
@@ -132,6 +136,7 @@ class Engine:
         self._unscheduled: list[Work] = []
         self._untold: list[tuple[Listener, Event]] = []
         self._ahead: deque[Ahead] = deque()
+        self._balance = Balance(runner.leaves_a_core)
         self._queued_steps = 0
         self._stopping = False
         self.calls: dict[int, tuple[int, float]] = {}
@@ -220,7 +225,9 @@ class Engine:
     def _something_to_do(self) -> bool:
         if self._inbox or self._unscheduled or (self._ahead and self._ahead[0].begun.done()):
             return True
-        return self._scheduler.waiting >= (AHEAD_FED if self._ahead else 1) and len(self._ahead) < MAX_AHEAD
+        if len(self._ahead) == MAX_AHEAD:
+            return self._may_join(self._ahead[-1])
+        return self._scheduler.waiting >= (1 if self._balance.on_graph or not self._ahead else AHEAD_FED)
 
     def _begin(self, work: Work) -> None:
         self._try(work, lambda: work.begin(self))
@@ -268,33 +275,62 @@ class Engine:
 
     def _tick(self) -> None:
         landed = self._ahead.popleft() if self._ahead and self._ahead[0].begun.done() else None
+        if landed is not None and self._ahead:
+            self._land(landed)  # first: the graph has what to do, and somebody waits for his answer
+            landed = None
         batch = self._next_batch()
-        large = batch is not None and _is_large(batch)
-        if batch is not None:
-            waited = perf_counter() - batch.since
-            self._queue_seconds.observe(waited)
-            self._patience = max(HURRY_S, waited)
-            if large:
-                self._begin_ahead(batch)  # first: the graph shall not wait for what is to be done with the last one
+        ahead = batch is not None and self._goes_ahead(batch)
+        if batch is not None and ahead:
+            self._begin_ahead(batch)  # first: the graph shall not wait for what is to be done with the last one
         if landed is not None:
             self._land(landed)
-        if batch is not None and not large:
+        if batch is not None and not ahead:
             while self._ahead:
                 self._land(self._ahead.popleft())
         works, self._unscheduled = self._unscheduled, []
-        if batch is None or large:
+        if batch is None or ahead:
             self._finish(works)
         else:
             self._finish([*works, *batch.rows], batch)
 
     def _next_batch(self) -> Batch[Work] | None:
-        """What is to be run now: beside what is under way only where it may be a large fold."""
-        if self._ahead and (len(self._ahead) == MAX_AHEAD or self._scheduler.waiting < AHEAD_FED):
+        """What is to be run now: beside what is under way only where it may be begun ahead."""
+        if len(self._ahead) == MAX_AHEAD:
+            return self._joined()
+        if self._ahead and self._scheduler.waiting < AHEAD_FED and not self._balance.on_graph:
             return None
-        return self._scheduler.next()
+        batch = self._scheduler.next()
+        if batch is not None:
+            waited = perf_counter() - batch.since
+            self._queue_seconds.observe(waited)
+            self._patience = max(HURRY_S, waited)
+        return batch
+
+    def _may_join(self, last: Ahead) -> bool:
+        """Whether rows wait that could be in a fold that was begun, and does not run yet."""
+        return (
+            self._balance.on_graph
+            and last.batch.steps == 1
+            and len(last.works) == len(last.batch.rows)
+            and not (last.begun.running() or last.begun.done())
+            and self._scheduler.joins(last.batch)
+        )
+
+    def _joined(self) -> Batch[Work] | None:
+        """The fold that was begun last, taken back, with those that came since."""
+        last = self._ahead[-1]
+        if not (self._may_join(last) and self._runner.cancel(last.begun)):
+            return None
+        self._ahead.pop()
+        return self._scheduler.joined(last.batch)
+
+    def _goes_ahead(self, batch: Batch[Work]) -> bool:
+        """Whether a batch is a fold that is begun ahead."""
+        least = AHEAD_FED if not self._balance.on_graph else 1 if self._ahead else AHEAD_SLOW
+        return not batch.draws and batch.width >= least
 
     def _begin_ahead(self, batch: Batch[Work]) -> None:
-        """Begin a large fold in another thread."""
+        """Begin a fold in another thread."""
         self._halt(batch.rows)
         works = [work for work in batch.rows if not (work.halted or work.finished)]
         if not works:
@@ -390,6 +426,7 @@ class Engine:
         else:
             self._tell()
             folded = self._runner.end(begun)
+        self._balance.took(folded.seconds, steps * len(folded.rows))
         end = 0
         for work in works:
             begin, end = end, end + work.width
@@ -638,11 +675,6 @@ class Engine:
             with suppress(StoreError):  # without it the next wake-up takes a little longer
                 branch = home(self.line(resident.head.branch), resident.head.branch, position)
                 self._parking.append(Snapshot(branch, position, self.numerics, data, self.manifest.graph_sha256))
-
-
-def _is_large(batch: Batch[Work]) -> bool:
-    """Whether a batch is a fold that is begun ahead."""
-    return not batch.draws and batch.width >= AHEAD_FED
 
 
 def _call_of(works: Sequence[Work], steps: int) -> tuple[Array, list[Row], list[int]]:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from service import pool, state
 from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec, Window
-from service.cores import Cores
+from service.cores import ALL, Cores
 from service.state import Array, Row
 
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
@@ -76,6 +76,8 @@ class Runner:
             count = 2
             self._session = _open(bundle.graph, count)
         self._cores = Cores(count)
+        self.leaves_a_core = count == 1 and len(ALL) != 1
+        """whether there is another core while a call runs"""
         self._beside = ThreadPoolExecutor(1, f"ahead-{self.manifest.name}", self._cores.enter)
         self.batches_exactly, self.numerics = self._verify_golden(bundle)
 
@@ -92,6 +94,13 @@ class Runner:
         begun = self._beside.submit(self._timed, entries, states)
         self._cores.begin()
         return begun
+
+    def cancel(self, begun: Begun) -> bool:
+        """Take back what was begun; False: it is too late."""
+        if not begun.cancel():
+            return False
+        self._cores.end()
+        return True
 
     def end(self, begun: Begun) -> Folded:
         """Wait for what was begun."""

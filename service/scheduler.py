@@ -53,6 +53,8 @@ class Batch(Generic[R]):
     width: int
     since: float
     """when the first of them was there"""
+    longest: int
+    """the power of two of steps that each may take"""
 
 
 class Pace:
@@ -116,15 +118,27 @@ class Scheduler(Generic[R]):
         (other, _), first_there = min(waiting, key=lambda one: (one[0][1], one[0][0]))
         self._overtook = other != arrival and not self._overtook
         draws, steps = first_there if self._overtook else first_queued
-        queue = self._queues[draws, steps]
-        _, since, first = queue.popleft()
-        rows = [first]
-        width = rows[0].width
+        _, since, first = self._queues[draws, steps].popleft()
+        self.waiting -= first.width
+        return self._filled([first], draws, first.width, since, steps)
+
+    def joins(self, batch: Batch[R]) -> bool:
+        """Whether a row waits that could have been in a batch."""
+        queue = self._queues.get((batch.draws, batch.longest))
+        return queue is not None and len(queue) > 0 and batch.width + queue[0][2].width <= self._max_batch
+
+    def joined(self, batch: Batch[R]) -> Batch[R]:
+        """A batch that was not run yet, with those that could have been in it."""
+        return self._filled(batch.rows, batch.draws, batch.width, batch.since, batch.longest)
+
+    def _filled(self, first: list[R], draws: bool, width: int, since: float, longest: int) -> Batch[R]:
+        queue, rows, before = self._queues[draws, longest], list(first), width
         while queue and width + queue[0][2].width <= self._max_batch:
             rows.append(queue.popleft()[2])
             width += rows[-1].width
-        self.waiting -= width
-        return Batch(rows, min(steps, self.pace.most(draws, width, not self.waiting)), draws, width, since)
+        self.waiting -= width - before
+        steps = min(longest, self.pace.most(draws, width, not self.waiting))
+        return Batch(rows, steps, draws, width, since, longest)
 
 
 def _power_of_two(steps: int) -> int:

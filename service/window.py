@@ -36,6 +36,7 @@ class Windowed:
         self.manifest = runner.manifest
         self.batches_exactly = runner.batches_exactly
         self.numerics = runner.numerics
+        self.leaves_a_core = False  # a call is as much Python as graph
         self._runner = runner
         self._window = window
         self._initial = state.initial_row(self.manifest.states)
@@ -94,6 +95,10 @@ class Windowed:
     def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
         """Begin the same in another thread; what is begun is run one after another."""
         return self._beside.submit(self.run, entries, rows, wanted)
+
+    def cancel(self, begun: Begun) -> bool:
+        """Take back what was begun; False: it is too late."""
+        return begun.cancel()
 
     def end(self, begun: Begun) -> Folded:
         """Wait for what was begun."""

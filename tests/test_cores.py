@@ -113,3 +113,21 @@ def test_a_runner_gives_the_core_back_when_nothing_is_under_way(models: Path, tw
     alone = runner.run(entries, rows)
     assert all(np.array_equal(together.outputs[name], alone.outputs[name]) for name in alone.outputs)
     runner.close()
+
+
+def test_a_runner_gives_the_core_back_for_what_was_taken_back(models: Path, two: frozenset[int]) -> None:
+    runner = Runner(newest(models, "tiny-letters"), 1)
+    rows = [state.initial_row(runner.manifest.states)] * 4
+    entries = np.zeros((1, 4), "<i4")
+    runner.end(runner.begin(entries, rows))
+    gate = threading.Event()
+    busy = runner._beside.submit(gate.wait)
+    begun = runner.begin(entries, rows)
+    assert runner.cancel(begun) and os.sched_getaffinity(0) == two
+    gate.set()
+    busy.result()
+    done = runner.begin(entries, rows)
+    done.result()
+    assert not runner.cancel(done)
+    runner.end(done)
+    runner.close()

@@ -3,14 +3,18 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rigs import MakeRig, Rig
 
-from service import scheduler
+from service import engine, scheduler
+from service.balance import Balance
 from service.engine import AHEAD_FED
 from service.errors import Problem
 from service.runner import Begun, Draw, Folded, Runner
@@ -177,6 +181,7 @@ class CountingRunner:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.manifest, self.numerics = runner.manifest, runner.numerics
+        self.leaves_a_core = False
         self.calls: list[tuple[int, int]] = []
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
@@ -261,6 +266,131 @@ def test_a_large_fold_that_can_not_be_begun_beside_is_run_here(rig: MakeRig) -> 
     assert ears[3].problem().code == "internal"
     assert all(isinstance(ear.end(), Done) for i, ear in enumerate(ears) if i != 3)
     assert isinstance(feed(one, symbols(1), "s0").end(), Done)
+
+
+# ---------------------------------------------------------------------- folds of a slow graph
+
+
+class OnGraph(Balance):
+    """Steps wait for the graph, whatever they say."""
+
+    def took(self, seconds: float, steps: int) -> None:
+        self.on_graph = True
+
+
+class Gated(CountingRunner):
+    """The first call that is begun beside waits until the gate is opened."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner)
+        self.begun: list[int] = []
+        self.entered, self.gate = threading.Event(), threading.Event()
+        self._beside = ThreadPoolExecutor(1)
+
+    def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
+        self.begun.append(len(rows))
+        return self._beside.submit(self._gated, entries, rows)
+
+    def _gated(self, entries: Array, rows: Sequence[Row]) -> Folded:
+        self.entered.set()
+        assert self.gate.wait(WAIT_S)
+        return self.run(entries, rows)
+
+    def cancel(self, begun: Begun) -> bool:
+        return begun.cancel()
+
+    def end(self, begun: Begun) -> Folded:
+        return cast(Folded, begun.result())
+
+    def close(self) -> None:
+        self._beside.shutdown()
+        super().close()
+
+
+@pytest.fixture
+def gated(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> tuple[Rig, Gated]:
+    """An engine whose steps wait for the graph, in which a fold of one session is under way."""
+    monkeypatch.setattr(engine, "Balance", OnGraph)
+    monkeypatch.setattr(engine, "AHEAD_SLOW", 1)
+    runners: list[Gated] = []
+    one = rig(wrap=lambda runner: runners.append(Gated(runner)) or runners[0])
+    feed(one, symbols(1), "first", new=True).end()  # from now on steps are known to wait for the graph
+    feed(one, symbols(1), "under-way", new=True)
+    assert runners[0].entered.wait(WAIT_S)
+    return one, runners[0]
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_who_comes_while_a_fold_waits_for_the_graph_joins_it(gated: tuple[Rig, Gated]) -> None:
+    one, runner = gated
+    ears = [feed(one, symbols(1), "a", new=True)]
+    until(lambda: runner.begun == [1, 1])
+    ears.append(feed(one, symbols(2), "b", new=True))
+    until(lambda: runner.begun == [1, 1, 2])
+    ears += [feed(one, symbols(*more), f"c{i}", new=True) for i, more in enumerate([(3,), (1, 2)])]
+    until(lambda: runner.begun == [1, 1, 2, 3])
+    runner.gate.set()
+    assert [ear.end().head.position for ear in ears] == [1, 1, 1, 2]
+    # Who has two steps to go can not be in a call of one.
+    assert runner.calls == [(1, 1), (1, 1), (3, 1), (1, 2)]
+    assert row_of(one, "b") == expected_row(one, symbols(2))
+
+
+def test_who_waits_for_the_graph_may_still_leave(gated: tuple[Rig, Gated]) -> None:
+    one, runner = gated
+    gone, stays = Ear(), Ear()
+    work = Feed(gone, NewSession(key("gone"), 1), symbols(1), True)
+    one.engine.submit(work)
+    until(lambda: runner.begun == [1, 1])
+    work.drop()
+    feed(one, symbols(2), "stays", new=True, ear=stays)
+    until(lambda: runner.begun == [1, 1, 1])
+    runner.gate.set()
+    assert gone.problem().code == "not_ready" and stays.end().head.position == 1
+    assert one.store.head(key("gone")) is None
+
+
+def test_what_is_begun_ahead_changes_nothing(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that each go on when they are answered, some with more than a step, beside a stream."""
+    monkeypatch.setattr(engine, "Balance", OnGraph)
+    monkeypatch.setattr(engine, "AHEAD_SLOW", 2)
+    begun: list[int] = []
+    begin = Runner.begin
+
+    def noted(self: Runner, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
+        begun.append(len(rows))
+        return begin(self, entries, rows, wanted)
+
+    monkeypatch.setattr(Runner, "begin", noted)
+
+    @given(lengths=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=12), min_size=2, max_size=12))
+    @settings(max_examples=20, deadline=None)
+    def holds(lengths: list[list[int]]) -> None:
+        one, stream = rig(), Ear()
+        one.engine.submit(Generate(stream, NewSession(key("x"), 5), symbols(1), generation(max_tokens=200)))
+
+        def client(name: str, steps: list[int]) -> None:
+            for i, count in enumerate(steps):
+                feed(one, many(count, i), name, new=i == 0).end()
+
+        clients = [threading.Thread(target=client, args=(f"s{i}", steps)) for i, steps in enumerate(lengths)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        for i, steps in enumerate(lengths):
+            fed = np.concatenate([many(count, j) for j, count in enumerate(steps)])
+            assert known(one, f"s{i}").position == len(fed) and row_of(one, f"s{i}") == expected_row(one, fed)
+        assert isinstance(stream.end(), Done)
+
+    holds()
+    assert max(begun) > 2
 
 
 @pytest.mark.parametrize("wrap", [Poisoned, NotFinite])

@@ -121,6 +121,26 @@ def test_rows_of_equal_length_share_a_batch() -> None:
     assert batch is not None and len(batch.rows) == 50 and batch.steps == 1
 
 
+def test_a_batch_that_was_not_run_yet_is_joined_by_rows_of_its_kind() -> None:
+    scheduler = Scheduler[Row](8)
+    for _ in range(3):
+        scheduler.add(Row(1, width=2))
+    batch = scheduler.next()
+    assert batch is not None and batch.width == 6 and not scheduler.joins(batch)
+    for other in (Row(2), Row(1, draws=True), Row(1, width=3)):  # the last is too wide
+        scheduler.add(other)
+        assert not scheduler.joins(batch)
+    assert scheduler.joined(batch) == batch
+    beside = Scheduler[Row](8)
+    beside.add(Row(1))
+    first, newcomers = beside.next(), [Row(1), Row(1)]
+    for row in newcomers:
+        beside.add(row)
+    assert first is not None and beside.joins(first)
+    joined = beside.joined(first)
+    assert joined.rows == [*first.rows, *newcomers] and joined.width == 3 and beside.waiting == 0
+
+
 def test_the_row_that_has_waited_longest_goes_first() -> None:
     scheduler = Scheduler[Row](1)
     rows = [Row(length) for length in (5, 1, 40, 1, 5)]

@@ -1,0 +1,42 @@
+"""Whether steps wait for the graph or for Python: a call in another thread helps the one and hinders the other."""
+
+from math import inf
+from time import process_time
+
+TICKS = 16
+"""after which the two are compared; what was found before counts half as much"""
+
+
+class Balance:
+    """Compares what one model's graph computes with what the rest of the process does.
+
+    What is computed for streams or for other models counts as the rest: beside them no core is free.
+    """
+
+    def __init__(self, able: bool) -> None:
+        """`able`: whether a call of the graph takes one core and leaves another."""
+        self._able = able
+        self._ticks = self._steps = 0
+        self._least_s = inf
+        """of a step, in the newest calls: longer ones may have waited for the interpreter. A clock of the thread's own
+        would know, and took 6 % of a small graph's steps to read."""
+        self._graph_s = self._rest_s = 0.0
+        self._process_s = process_time()
+        self.on_graph = False
+        """whether steps wait for the graph"""
+
+    def took(self, seconds: float, steps: int) -> None:
+        """Learn from a call: its seconds, and the steps of all its rows."""
+        self._ticks += 1
+        self._steps += steps
+        self._least_s = min(self._least_s, seconds / steps)
+        if self._able and self._ticks >= TICKS:
+            self._compare()
+
+    def _compare(self) -> None:
+        process_s = process_time()
+        graph_s = self._least_s * self._steps
+        self._graph_s = self._graph_s / 2 + graph_s
+        self._rest_s = self._rest_s / 2 + process_s - self._process_s - graph_s
+        self.on_graph = self._rest_s < self._graph_s
+        self._ticks, self._steps, self._least_s, self._process_s = 0, 0, inf, process_s
