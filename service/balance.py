@@ -14,7 +14,7 @@ class Balance:
     """
 
     def __init__(self, able: bool) -> None:
-        """`able`: whether a call of the graph takes one core and leaves another."""
+        """`able`: whether a call of the graph can leave a core to the rest."""
         self._able = able
         self._ticks = self._steps = 0
         self._least_s = inf
@@ -24,9 +24,11 @@ class Balance:
         self._process_s = process_time()
         self.on_graph = False
         """whether steps wait for the graph"""
+        self.hardly_python = False
+        """whether they would even if it took half as long"""
 
     def took(self, seconds: float, steps: int) -> None:
-        """Learn from a call: its seconds, and the steps of all its rows."""
+        """Learn from a call: seconds of all its threads, and the steps of all its rows."""
         self._ticks += 1
         self._steps += steps
         self._least_s = min(self._least_s, seconds / steps)
@@ -39,4 +41,5 @@ class Balance:
         self._graph_s = self._graph_s / 2 + graph_s
         self._rest_s = self._rest_s / 2 + process_s - self._process_s - graph_s
         self.on_graph = self._rest_s < self._graph_s
+        self.hardly_python = self._rest_s < self._graph_s / 2
         self._ticks, self._steps, self._least_s, self._process_s = 0, 0, inf, process_s

@@ -35,10 +35,13 @@ class Cores:
         """Say that this thread runs the graph."""
         self._graph = threading.get_native_id()
 
-    def begin(self) -> None:
-        """A call of the graph begins beside this thread, which keeps away from it from now on, as the main one does."""
+    def begin(self, apart: bool = True) -> None:
+        """A call of the graph begins beside this thread, which keeps away from it from now on, as the main one does.
+
+        Not where it needs more than a core: `apart` is False.
+        """
         self._under_way += 1
-        if self._able and not self._held and self._graph is not None:
+        if apart and self._able and not self._held and self._graph is not None:
             with Cores._lock:
                 self._part(self._graph)
 

@@ -19,7 +19,6 @@ import numpy as np
 import structlog
 
 from service import metrics, state, tracing
-from service.balance import Balance
 from service.errors import Problem, invalid, not_ready, overloaded
 from service.runner import Begun
 from service.sampling import Sampler
@@ -136,7 +135,6 @@ class Engine:
         self._unscheduled: list[Work] = []
         self._untold: list[tuple[Listener, Event]] = []
         self._ahead: deque[Ahead] = deque()
-        self._balance = Balance(runner.leaves_a_core)
         self._queued_steps = 0
         self._stopping = False
         self.calls: dict[int, tuple[int, float]] = {}
@@ -227,7 +225,7 @@ class Engine:
             return True
         if len(self._ahead) == MAX_AHEAD:
             return self._may_join(self._ahead[-1])
-        return self._scheduler.waiting >= (1 if self._balance.on_graph or not self._ahead else AHEAD_FED)
+        return self._scheduler.waiting >= (1 if self._runner.on_graph or not self._ahead else AHEAD_FED)
 
     def _begin(self, work: Work) -> None:
         self._try(work, lambda: work.begin(self))
@@ -297,7 +295,7 @@ class Engine:
         """What is to be run now: beside what is under way only where it may be begun ahead."""
         if len(self._ahead) == MAX_AHEAD:
             return self._joined()
-        if self._ahead and self._scheduler.waiting < AHEAD_FED and not self._balance.on_graph:
+        if self._ahead and self._scheduler.waiting < AHEAD_FED and not self._runner.on_graph:
             return None
         batch = self._scheduler.next()
         if batch is not None:
@@ -309,7 +307,7 @@ class Engine:
     def _may_join(self, last: Ahead) -> bool:
         """Whether rows wait that could be in a fold that was begun, and does not run yet."""
         return (
-            self._balance.on_graph
+            self._runner.on_graph
             and last.batch.steps == 1
             and len(last.works) == len(last.batch.rows)
             and not (last.begun.running() or last.begun.done())
@@ -326,7 +324,7 @@ class Engine:
 
     def _goes_ahead(self, batch: Batch[Work]) -> bool:
         """Whether a batch is a fold that is begun ahead."""
-        least = AHEAD_FED if not self._balance.on_graph else 1 if self._ahead else AHEAD_SLOW
+        least = AHEAD_FED if not self._runner.on_graph else 1 if self._ahead else AHEAD_SLOW
         return not batch.draws and batch.width >= least
 
     def _begin_ahead(self, batch: Batch[Work]) -> None:
@@ -426,7 +424,6 @@ class Engine:
         else:
             self._tell()
             folded = self._runner.end(begun)
-        self._balance.took(folded.seconds, steps * len(folded.rows))
         end = 0
         for work in works:
             begin, end = end, end + work.width

@@ -44,20 +44,19 @@ class ForeignRunner(Runner):
         super().__init__(bundle, threads)
 
     def _check_signature(self) -> None:
-        manifest, session = self.manifest, self._session
+        manifest, graph = self.manifest, self._graph
         named: tuple[TensorSpec, ...] = (*manifest.inputs, *self._foreign.constants)
         fed = [(s.name, s.dtype, len(s.shape)) for s in named]
         fed += [(s.input, s.dtype, len(s.shape)) for s in manifest.states]
-        check_names("inputs", set(fed), session.get_inputs())
+        check_names("inputs", set(fed), graph.inputs)
         fetched = [(s.name, s.dtype, len(s.shape)) for s in manifest.outputs]
         fetched += [(s.output, s.dtype, len(s.shape)) for s in manifest.states]
-        check_names("outputs", set(fetched), session.get_outputs(), spare=True)
-        check_sizes(manifest, session.get_inputs(), session.get_outputs())
+        check_names("outputs", set(fetched), graph.outputs, spare=True)
+        check_sizes(manifest, graph.inputs, graph.outputs)
 
-    def _takes_long(self) -> bool:
-        rows = self._foreign.streamable and self._foreign.batching != "alone"
-        self.batches_exactly = rows
-        return rows and super()._takes_long()
+    def _widen(self) -> None:
+        if self._foreign.streamable and self._foreign.batching != "alone":
+            super()._widen()
 
     def _blank(self, rows: int) -> Array:
         dtype, shape = entry_of(self.manifest)
@@ -69,27 +68,27 @@ class ForeignRunner(Runner):
         wholes = [whole for array in arrays if array.dtype.hasobject for whole in array.flat]
         return super()._finite(wholes)
 
-    def _call(self, entries: Array, states: list[Array]) -> Called:
+    def _call(self, entries: Array, states: list[Array], wide: bool) -> Called:
         if self._foreign.streamable:
-            return super()._call(entries, states)
+            return super()._call(entries, states, wide)
         specs, initial = self.manifest.states, [state.initial_row(self.manifest.states)]
-        wholes = [self._once(sequence[:, None], state.stack(specs, initial))[0] for sequence in entries[0]]
+        wholes = [self._once(sequence[:, None], state.stack(specs, initial), wide)[0] for sequence in entries[0]]
         outputs = [np.empty((1, len(wholes)), object) for _ in self._outputs]
         for i, whole in enumerate(wholes):
             for output, array in zip(outputs, whole, strict=True):
                 output[0, i] = array[:, 0]
         return outputs, states
 
-    def _run(self, entries: Array, states: list[Array]) -> Called:
+    def _run(self, entries: Array, states: list[Array], wide: bool) -> Called:
         if len(entries) == 1 or self.chunks_exactly:
-            return self._once(entries, states)
+            return self._once(entries, states, wide)
         steps: list[list[Array]] = []
         for t in range(len(entries)):
-            outputs, states = self._once(entries[t : t + 1], states)
+            outputs, states = self._once(entries[t : t + 1], states, wide)
             steps.append(outputs)
         return [np.concatenate(parts) for parts in zip(*steps, strict=True)], states
 
-    def _once(self, entries: Array, states: list[Array]) -> Called:
+    def _once(self, entries: Array, states: list[Array], wide: bool) -> Called:
         """One call of the graph on entries [T, B, ...]: outputs [T, B, ...] and the next states."""
         T, B = entries.shape[:2]
         specs, named = self.manifest.states, entries.dtype.names is not None
@@ -97,7 +96,7 @@ class ForeignRunner(Runner):
         feed.update((one.name, one.filled(value, T, B)) for one, value in self._constants)
         for spec, array in zip(specs, states, strict=True):
             feed[spec.input] = array if spec.batch_axis is not None else array[0]
-        found: Mapping[str, Array] = dict(zip(self._wanted, self._session.run(self._wanted, feed), strict=True))
+        found = dict(zip(self._wanted, self._graph.run(self._wanted, feed, B, wide), strict=True))
         after = [found[spec.output] if spec.batch_axis is not None else found[spec.output][None] for spec in specs]
         return [one.from_graph(found[one.name]) for one in self._outputs], after
 

@@ -1,35 +1,31 @@
-"""Runs a bundle's graph: the only importer of onnxruntime.
+"""Runs a bundle's graph on many sessions' states.
 
 At load the bundle's golden example is run again: the answers must be those of training, and rows and chunks must
 not change a bit on this machine; where they do, rows are run one at a time and the model says so.
 """
 
 import hashlib
-import os
 import platform
 from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import is_
-from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import onnxruntime
 import safetensors.numpy
 from safetensors import SafetensorError
 
 from service import pool, state
+from service.balance import Balance
 from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec, Window
 from service.cores import ALL, Cores
+from service.graph import VERSION, Call, Graph
 from service.state import Array, Row
 
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
 _TYPES |= {f"tensor({name})": name for name in ("int64", "int32", "float16", "int16", "int8", "uint8", "bool")}
-
-TRIAL_ROWS, TRIALS = 16, 7
-LONG_S = 0.0003
 
 Called = tuple[list[Array], list[Array]]
 """Outputs and next states"""
@@ -37,8 +33,6 @@ Begun = Future[Any]
 """A call that is under way in another thread; what it gives is its runner's own affair"""
 Draw = Callable[[int, dict[str, Array]], Array]
 """From the number of the step and its outputs [B, ...] by name to the next entries [B]"""
-
-onnxruntime.disable_telemetry_events()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +55,7 @@ class Runner:
 
     def __init__(self, bundle: Bundle, threads: int | Literal["auto"]) -> None:
         self.manifest = bundle.manifest
-        count = 1 if threads == "auto" else threads
-        self._session = _open(bundle.graph, count)
+        self._graph = Graph(bundle.graph, threads)
         self._check_signature()
         self._input = self.manifest.inputs[0]
         self._names = [spec.name for spec in self.manifest.outputs]
@@ -72,27 +65,34 @@ class Runner:
         # What a windowed session remembers is more than the graph's states: its rows are put together elsewhere.
         is_whole = not isinstance(self.manifest.memory, Window)
         self._pool = pool.Pool(self.manifest.states, self.manifest.outputs) if is_whole else None
-        if threads == "auto" and len(os.sched_getaffinity(0)) > 1 and self._takes_long():
-            count = 2
-            self._session = _open(bundle.graph, count)
-        self._cores = Cores(count)
-        self.leaves_a_core = count == 1 and len(ALL) != 1
-        """whether there is another core while a call runs"""
+        self._widen()
+        self._balance = Balance(self._graph.threads == 1 and len(ALL) != 1)
+        self._cores = Cores(self._graph.threads)
         self._beside = ThreadPoolExecutor(1, f"ahead-{self.manifest.name}", self._cores.enter)
         self.batches_exactly, self.numerics = self._verify_golden(bundle)
 
+    @property
+    def on_graph(self) -> bool:
+        """Whether folds of one step wait for the graph, and leave a core to Python."""
+        return self._balance.on_graph and not self._is_wide(1)
+
+    def _is_wide(self, steps: int) -> bool:
+        """Whether a fold may have two threads: one step comes with so much Python that it needs the other core."""
+        return self._graph.is_wide and (steps > 1 or self._balance.hardly_python)
+
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
         """Fold `entries` [T, B, ...] into the states of B rows; all outputs are there, whatever is `wanted`."""
-        return self._kept(*self._timed(entries, pool.stack(self.manifest.states, rows)))
+        states = pool.stack(self.manifest.states, rows)
+        return self._kept(*self._timed(entries, states, self._is_wide(len(entries))))
 
     def begin(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Begun:
         """Begin the same in another thread; what is begun is run one after another.
 
         That thread does nothing but run the graph: for anything else it would have to wait for the GIL.
         """
-        states = pool.stack(self.manifest.states, rows)
-        begun = self._beside.submit(self._timed, entries, states)
-        self._cores.begin()
+        states, wide = pool.stack(self.manifest.states, rows), self._is_wide(len(entries))
+        begun = self._beside.submit(self._timed, entries, states, wide)
+        self._cores.begin(not wide)
         return begun
 
     def cancel(self, begun: Begun) -> bool:
@@ -110,13 +110,15 @@ class Runner:
             self._cores.end()
         return self._kept(*called)
 
-    def _timed(self, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array], float]:
+    def _timed(self, entries: Array, states: list[Array], wide: bool) -> tuple[list[Array], list[Array], float, bool]:
         began = perf_counter()
-        outputs, states = self._call(entries, states)
-        return outputs, states, perf_counter() - began
+        outputs, states = self._call(entries, states, wide)
+        return outputs, states, perf_counter() - began, wide
 
-    def _kept(self, outputs: list[Array], states: list[Array], seconds: float) -> Folded:
+    def _kept(self, outputs: list[Array], states: list[Array], seconds: float, wide: bool) -> Folded:
         """What a call gave, its states in slots."""
+        steps, rows = outputs[0].shape[:2]
+        self._balance.took(seconds * self._graph.threads_of(rows, wide), steps * rows)
         named = self._named(outputs)
         last = {name: array[-1] for name, array in named.items()}
         kept = self._pool.keep(states, last, outputs[0].shape[1]) if self._pool is not None else None
@@ -135,26 +137,29 @@ class Runner:
         early = self._rolling.early(rows, entries)
         finite = True
         for step in steps:
-            outputs, states = early.result() if early is not None else self._call(entries[None], states)
+            outputs, states = early.result() if early is not None else self._call(entries[None], states, True)
             early = None
             finite = finite and all(map(state.all_finite, outputs))
             entries = draw(step, {name: array[0] for name, array in zip(self._names, outputs, strict=True)})
         finite = finite and all(map(state.all_finite, states))
         after = self._rolling.take(states)
         if ahead:
-            self._rolling.begin(entries, self._beside.submit(self._call, entries[None], states))
+            self._rolling.begin(entries, self._beside.submit(self._call, entries[None], states, True))
         return Folded(self._named(outputs), after, finite)
 
-    def _takes_long(self) -> bool:
-        """Whether a call of some rows takes so long that a second thread saves more than it costs to wake it."""
-        rows = [state.initial_row(self.manifest.states)] * TRIAL_ROWS
-        entries, states = self._blank(TRIAL_ROWS), state.stack(self.manifest.states, rows)
-        took = []
-        for _ in range(TRIALS):
-            began = perf_counter()
-            self._run(entries, states)
-            took.append(perf_counter() - began)
-        return min(took) > LONG_S
+    def _widen(self) -> None:
+        """Let calls have two threads where that pays."""
+        self._graph.widen(self._trial)
+
+    def _trial(self, rows: int) -> Call:
+        entries = self._blank(rows)
+        states = state.stack(self.manifest.states, [state.initial_row(self.manifest.states)] * rows)
+
+        def call(wide: bool) -> Sequence[Array]:
+            outputs, after = self._run(entries, states, wide)
+            return [*outputs, *after]
+
+        return call
 
     def _finite(self, arrays: Sequence[Array]) -> bool:
         return all(map(state.all_finite, arrays))
@@ -167,11 +172,11 @@ class Runner:
         """Raise BundleError when the graph is not what the manifest says."""
         said_in = [(s.name, s.dtype, len(s.shape)) for s in self.manifest.inputs]
         said_in += [(s.input, s.dtype, len(s.shape)) for s in self.manifest.states]
-        check_names("inputs", set(said_in), self._session.get_inputs())
+        check_names("inputs", set(said_in), self._graph.inputs)
         said_out = [(s.name, s.dtype, len(s.shape)) for s in self.manifest.outputs]
         said_out += [(s.output, s.dtype, len(s.shape)) for s in self.manifest.states]
-        check_names("outputs", set(said_out), self._session.get_outputs())
-        check_sizes(self.manifest, self._session.get_inputs(), self._session.get_outputs())
+        check_names("outputs", set(said_out), self._graph.outputs)
+        check_sizes(self.manifest, self._graph.inputs, self._graph.outputs)
         if len(self.manifest.inputs) != 1 or not _is_time_major(self.manifest.inputs[0]):
             raise BundleError("the graph must have one input whose first axes are T and B")
         if not all(_is_time_major(spec) for spec in self.manifest.outputs):
@@ -188,23 +193,23 @@ class Runner:
     def _named(self, outputs: list[Array]) -> dict[str, Array]:
         return dict(zip(self._names, outputs, strict=True))
 
-    def _call(self, entries: Array, states: list[Array]) -> Called:
+    def _call(self, entries: Array, states: list[Array], wide: bool) -> Called:
         """(outputs, next states) of one call, or of one a row where rows change each other's bits."""
         if self.batches_exactly or entries.shape[1] == 1:
-            return self._run(entries, states)
+            return self._run(entries, states, wide)
         axes = [spec.stack_axis for spec in self.manifest.states]
         alone = [
-            self._run(entries[:, i : i + 1], [s.take([i], axis) for s, axis in zip(states, axes, strict=True)])
+            self._run(entries[:, i : i + 1], [s.take([i], axis) for s, axis in zip(states, axes, strict=True)], wide)
             for i in range(entries.shape[1])
         ]
         outputs = [np.concatenate(parts, axis=1) for parts in zip(*(one[0] for one in alone), strict=True)]
         after = zip(zip(*(one[1] for one in alone), strict=True), axes, strict=True)
         return outputs, [np.concatenate(parts, axis=axis) for parts, axis in after]
 
-    def _run(self, entries: Array, states: list[Array]) -> Called:
+    def _run(self, entries: Array, states: list[Array], wide: bool) -> Called:
         feed = {self._input.name: entries.astype(self._input.dtype, copy=False)}
         feed.update(zip(self._fed, states, strict=True))
-        fetched = self._session.run(self._fetch, feed)
+        fetched = self._graph.run(self._fetch, feed, entries.shape[1], wide)
         return fetched[: len(self._names)], fetched[len(self._names) :]
 
 
@@ -239,19 +244,6 @@ class _Last:
 
     def _is(self, rows: Sequence[Row]) -> bool:
         return len(rows) == len(self._rows) and all(map(is_, rows, self._rows))
-
-
-def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Threads that spin between calls take the core from the event loop.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises many types, none of them public
-        reason = str(error).replace(str(graph), graph.name).splitlines()[0]
-        raise BundleError(f"the graph can not be loaded: {reason[:300]}") from error
 
 
 class Node(Protocol):
@@ -368,7 +360,7 @@ def equal(a: Array, b: Array) -> bool:
 def digest(manifest: Manifest, folded: Folded) -> str:
     """Names the arithmetic: equal digests promise equal bits."""
     found = hashlib.sha256()
-    for part in (manifest.graph_sha256, onnxruntime.__version__, platform.machine(), manifest.sampler):
+    for part in (manifest.graph_sha256, VERSION, platform.machine(), manifest.sampler):
         found.update(part.encode() + b"\0")
     for array in (*folded.outputs.values(), *folded.rows[0]):
         found.update(np.ascontiguousarray(array).tobytes())

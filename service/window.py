@@ -36,7 +36,7 @@ class Windowed:
         self.manifest = runner.manifest
         self.batches_exactly = runner.batches_exactly
         self.numerics = runner.numerics
-        self.leaves_a_core = False  # a call is as much Python as graph
+        self.on_graph = False  # a call is as much Python as graph
         self._runner = runner
         self._window = window
         self._initial = state.initial_row(self.manifest.states)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from rigs import MakeRig, Rig
 
 from service import engine, scheduler
-from service.balance import Balance
 from service.engine import AHEAD_FED
 from service.errors import Problem
 from service.runner import Begun, Draw, Folded, Runner
@@ -181,7 +180,7 @@ class CountingRunner:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.manifest, self.numerics = runner.manifest, runner.numerics
-        self.leaves_a_core = False
+        self.on_graph = False
         self.calls: list[tuple[int, int]] = []
 
     def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
@@ -271,18 +270,12 @@ def test_a_large_fold_that_can_not_be_begun_beside_is_run_here(rig: MakeRig) -> 
 # ---------------------------------------------------------------------- folds of a slow graph
 
 
-class OnGraph(Balance):
-    """Steps wait for the graph, whatever they say."""
-
-    def took(self, seconds: float, steps: int) -> None:
-        self.on_graph = True
-
-
 class Gated(CountingRunner):
     """The first call that is begun beside waits until the gate is opened."""
 
     def __init__(self, runner: Runner) -> None:
         super().__init__(runner)
+        self.on_graph = True
         self.begun: list[int] = []
         self.entered, self.gate = threading.Event(), threading.Event()
         self._beside = ThreadPoolExecutor(1)
@@ -309,12 +302,10 @@ class Gated(CountingRunner):
 
 @pytest.fixture
 def gated(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> tuple[Rig, Gated]:
-    """An engine whose steps wait for the graph, in which a fold of one session is under way."""
-    monkeypatch.setattr(engine, "Balance", OnGraph)
+    """An engine whose steps wait for the graph, where a fold of one session is under way."""
     monkeypatch.setattr(engine, "AHEAD_SLOW", 1)
     runners: list[Gated] = []
     one = rig(wrap=lambda runner: runners.append(Gated(runner)) or runners[0])
-    feed(one, symbols(1), "first", new=True).end()  # from now on steps are known to wait for the graph
     feed(one, symbols(1), "under-way", new=True)
     assert runners[0].entered.wait(WAIT_S)
     return one, runners[0]
@@ -338,7 +329,7 @@ def test_who_comes_while_a_fold_waits_for_the_graph_joins_it(gated: tuple[Rig, G
     runner.gate.set()
     assert [ear.end().head.position for ear in ears] == [1, 1, 1, 2]
     # Who has two steps to go can not be in a call of one.
-    assert runner.calls == [(1, 1), (1, 1), (3, 1), (1, 2)]
+    assert runner.calls == [(1, 1), (3, 1), (1, 2)]
     assert row_of(one, "b") == expected_row(one, symbols(2))
 
 
@@ -358,7 +349,7 @@ def test_who_waits_for_the_graph_may_still_leave(gated: tuple[Rig, Gated]) -> No
 
 def test_what_is_begun_ahead_changes_nothing(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients that each go on when they are answered, some with more than a step, beside a stream."""
-    monkeypatch.setattr(engine, "Balance", OnGraph)
+    monkeypatch.setattr(Runner, "on_graph", True)
     monkeypatch.setattr(engine, "AHEAD_SLOW", 2)
     begun: list[int] = []
     begin = Runner.begin

@@ -1,6 +1,6 @@
 """The runner: any cut and any batch give the same bits, and a bundle that lies is refused."""
 
-import os
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny import TINY, every_model, newest, some_inputs
 
-from service import runner as runner_module
-from service import state
+from service import graph, state
 from service.bundle import Bundle, BundleError, Manifest
 from service.runner import Folded, Runner
 from service.state import Array, Row
@@ -72,17 +71,61 @@ def test_a_fold_does_not_depend_on_its_batch(name: str, models: Path, rows: int,
     assert bits(together, i) == bits(runner.run(chunks[i][:, None], zero[:1]), 0)
 
 
-def test_a_model_whose_calls_take_long_gets_two_threads(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[int] = []
-    original = runner_module._open
-    monkeypatch.setattr(
-        runner_module, "_open", lambda graph, threads: opened.append(threads) or original(graph, threads)
-    )
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    for long_s in (10.0, 0.0):
-        monkeypatch.setattr(runner_module, "LONG_S", long_s)
-        assert Runner(newest(models, "tiny-letters"), "auto").numerics == runner_of(models, "tiny-letters").numerics
-    assert opened == [1, 1, 2]
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The threads of each session that is opened, on a machine of two cores."""
+    found: list[int] = []
+    original = graph._open
+    monkeypatch.setattr(graph, "_open", lambda path, threads: found.append(threads) or original(path, threads))
+    monkeypatch.setattr(graph, "ALL", {0, 1})
+    return found
+
+
+def test_calls_that_take_long_may_have_two_threads(
+    models: Path, monkeypatch: pytest.MonkeyPatch, opened: list[int]
+) -> None:
+    for long_s, gain, threads in ((10.0, 0.0, [1]), (0.0, 10.0**9, [1, 2]), (0.0, 0.0, [1, 2])):
+        monkeypatch.setattr(graph, "LONG_S", long_s)
+        monkeypatch.setattr(graph, "GAIN", gain)
+        opened.clear()
+        runner = Runner(newest(models, "tiny-letters"), "auto")
+        assert opened == threads and runner._graph.is_wide == (gain == 0.0 and long_s == 0.0)
+        assert runner.numerics == runner_of(models, "tiny-letters").numerics
+
+
+def test_a_large_graph_is_loaded_once(models: Path, monkeypatch: pytest.MonkeyPatch, opened: list[int]) -> None:
+    for name, value in (("LONG_S", 0.0), ("GAIN", 0.0), ("TWICE_BYTES", 10)):
+        monkeypatch.setattr(graph, name, value)
+    found = Runner(newest(models, "tiny-letters"), "auto")
+    assert found._graph.threads == 2 and not found._graph.is_wide
+
+
+def test_two_threads_that_give_other_bits_are_not_used(
+    models: Path, monkeypatch: pytest.MonkeyPatch, opened: list[int]
+) -> None:
+    for name, value in (("LONG_S", 0.0), ("GAIN", 0.0), ("_same", lambda call: False)):
+        monkeypatch.setattr(graph, name, value)
+    assert not Runner(newest(models, "tiny-letters"), "auto")._graph.is_wide
+
+
+@given(cuts=st.sets(st.integers(1, 39), max_size=12), seed=st.integers(0, 50))
+@settings(max_examples=12, deadline=None)
+def test_the_threads_of_a_call_change_nothing(models: Path, cuts: set[int], seed: int) -> None:
+    """Long chunks have two threads here, single steps one."""
+    runner = both(models)
+    entries = entries_of(runner, 40, seed)
+    assert fold(runner, entries, sorted(cuts)) == fold(runner_of(models, "tiny-letters"), entries, [])
+
+
+@functools.cache
+def both(models: Path) -> Runner:
+    """A runner with both numbers of threads."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in (("LONG_S", 0.0), ("GAIN", 0.0), ("ALL", {0, 1})):
+            patched.setattr(graph, name, value)
+        found = Runner(newest(models, "tiny-letters"), "auto")
+    assert found._graph.is_wide
+    return found
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -153,8 +196,8 @@ def disturb(monkeypatch: pytest.MonkeyPatch, when: Any) -> None:  # noqa: ANN401
     """Change the last bit of the outputs where `when(rows, steps)` says so."""
     run = Runner._run
 
-    def disturbed(self: Runner, entries: Array, states: list[Array]) -> tuple[list[Array], list[Array]]:
-        outputs, after = run(self, entries, states)
+    def disturbed(self: Runner, entries: Array, states: list[Array], wide: bool) -> tuple[list[Array], list[Array]]:
+        outputs, after = run(self, entries, states, wide)
         if not when(entries.shape[1], len(entries)):
             return outputs, after
         return [np.nextafter(array, np.float32(np.inf)) for array in outputs], after

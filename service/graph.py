@@ -1,0 +1,123 @@
+"""A loaded graph, run by one thread a call or by two: the only module of the service that loads one.
+
+Two threads halve a call that takes long, and take the core on which Python would run meanwhile. So where the number is
+chosen by itself a graph is loaded twice, and each call says whether it may have both.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+
+from service.bundle import BundleError
+from service.cores import ALL
+
+Array = np.ndarray[Any, Any]
+Call = Callable[[bool], Sequence[Array]]
+"""Runs the graph, with two threads or without, always on the same numbers"""
+
+VERSION: str = onnxruntime.__version__
+
+TRIAL_ROWS = (1, 4, 16, 64)
+TRIALS, TRIAL_S = 7, 0.03
+"""calls of a trial, or seconds that they may take together"""
+LONG_S = 0.0003
+"""a call that takes less is not worth waking a second thread for"""
+GAIN = 1.1
+"""times as fast must two threads be: the other core has other work, too"""
+TWICE_BYTES = 256 * 2**20
+"""a larger graph is loaded once"""
+
+onnxruntime.disable_telemetry_events()
+
+
+class Graph:
+    """The sessions of ONNX Runtime over one graph."""
+
+    def __init__(self, path: Path, threads: int | Literal["auto"]) -> None:
+        self._path = path
+        self._chosen = threads == "auto" and len(ALL) != 1
+        self.threads = 1 if threads == "auto" else threads
+        """of a call that may not have more"""
+        self._session = _open(path, self.threads)
+        self._wide: onnxruntime.InferenceSession | None = None
+        self._wide_rows = 0
+        """from how many on a call may have two"""
+
+    @property
+    def inputs(self) -> Sequence[Any]:
+        """Inputs as onnxruntime describes them."""
+        return list(self._session.get_inputs())
+
+    @property
+    def outputs(self) -> Sequence[Any]:
+        """Outputs as onnxruntime describes them."""
+        return list(self._session.get_outputs())
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether there are calls that may have two threads."""
+        return self._wide is not None
+
+    def threads_of(self, rows: int, wide: bool) -> int:
+        """The threads of a call of so many rows that may have more than the others."""
+        return 2 if wide and self._wide is not None and rows >= self._wide_rows else self.threads
+
+    def run(self, fetch: Sequence[str], feed: dict[str, Array], rows: int, wide: bool) -> list[Array]:
+        """Call the graph."""
+        wide = wide and rows >= self._wide_rows
+        session = self._wide if wide and self._wide is not None else self._session
+        found: list[Array] = session.run(fetch, feed)
+        return found
+
+    def widen(self, trial: Callable[[int], Call]) -> None:
+        """Find out from how many rows on two threads pay, if the number of threads is chosen here.
+
+        `trial`: a call on so many rows. Should two threads give other bits than one, they are not used.
+        """
+        rows = next((rows for rows in TRIAL_ROWS if self._chosen and self._pays(trial(rows))), None)
+        if rows is None or not all(_same(trial(n)) for n in (rows, 4 * rows)):
+            self._wide = None
+        elif self._path.stat().st_size > TWICE_BYTES:
+            self._session, self._wide, self.threads = self._wide, None, 2
+        else:
+            self._wide_rows = rows
+
+    def _pays(self, call: Call) -> bool:
+        alone = _took(call, False)
+        if alone < LONG_S:
+            return False
+        if self._wide is None:
+            self._wide = _open(self._path, 2)
+        return alone > GAIN * _took(call, True)
+
+
+def _took(call: Call, wide: bool) -> float:
+    """Seconds of a call: the shortest of some."""
+    took: list[float] = []
+    while len(took) < TRIALS and sum(took) < TRIAL_S:
+        began = perf_counter()
+        call(wide)
+        took.append(perf_counter() - began)
+    return min(took)
+
+
+def _same(call: Call) -> bool:
+    """Whether two threads give the same bits as one."""
+    return all(one.tobytes() == other.tobytes() for one, other in zip(call(False), call(True), strict=True))
+
+
+def _open(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Threads that spin between calls take the core from the event loop.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many types, none of them public
+        reason = str(error).replace(str(graph), graph.name).splitlines()[0]
+        raise BundleError(f"the graph can not be loaded: {reason[:300]}") from error
