@@ -6,6 +6,7 @@ graph runs for the next.
 """
 
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -152,8 +153,10 @@ class Engine:
         )
         self._faults = metrics.NUMERIC_FAULTS.labels(*labels)
         metrics.MAX_BATCH_ROWS.labels(*labels).set(max_batch)
-        metrics.ACTIVE.labels(*labels).set_function(lambda: len(self._residents))
-        metrics.QUEUED_STEPS.labels(*labels).set_function(lambda: self._queued_steps)
+        # A gauge is part of a cycle: it would keep the engine, the states and the graph after they are forgotten.
+        me = weakref.ref(self)
+        metrics.ACTIVE.labels(*labels).set_function(lambda: len(one._residents) if (one := me()) is not None else 0)
+        metrics.QUEUED_STEPS.labels(*labels).set_function(lambda: one._queued_steps if (one := me()) is not None else 0)
         self._thread = threading.Thread(target=self._run, name=f"engine-{'-'.join(labels)}", daemon=True)
 
     @property

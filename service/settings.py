@@ -33,7 +33,7 @@ class Settings(BaseSettings):
         default="commit", description="commit survives kill -9, fsync survives power loss"
     )
     threads: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = Field(
-        default="auto", description="threads of a call of a graph; auto: 2 where calls take long, else 1"
+        default="auto", description="threads of a call of a graph; auto: 1, and 2 where that pays"
     )
     max_batch: int = Field(default=128, ge=1, le=4096, description="sessions in a batch")
     max_queue_steps: int = Field(default=1_000_000, ge=1, description="steps that may wait for one model")

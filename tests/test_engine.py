@@ -1,9 +1,12 @@
 """The engine without HTTP: commit before reply, failures that harm nobody else, sessions that wake as they slept."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -11,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rigs import MakeRig, Rig
+from rigs import Inbox, MakeRig, Rig
+from tiny import newest
 
 from service import engine, scheduler
 from service.engine import AHEAD_FED
@@ -852,6 +856,24 @@ def test_a_store_that_can_not_be_read_is_not_ready(rig: MakeRig) -> None:
     store = Unreadable()
     feed(rig(store=store), symbols(1), new=True).end()
     assert feed(rig(store=store), symbols(1)).problem().code == "not_ready"
+
+
+def test_an_engine_that_has_stopped_is_let_go_of_with_its_graph(models: Path) -> None:
+    """At once: Python looks for cycles once in a long while only, and graphs are large."""
+    runner = Runner(newest(models, "tiny-letters"), 1)
+    one = engine.Engine(runner, MemoryStore(), Inbox(), 8, 1000, 10)
+    one.start()
+    heard = threading.Event()
+    one.submit(Feed(lambda _: heard.set(), NewSession(key(), 1), symbols(1), True))
+    assert heard.wait(WAIT_S)
+    gc.disable()
+    try:
+        one.stop()
+        left = weakref.ref(one), weakref.ref(runner)
+        del one, runner
+        assert [ref() for ref in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_listener_hears_nothing_after_the_end(rig: MakeRig) -> None:
