@@ -21,13 +21,13 @@ Call = Callable[[bool], Sequence[Array]]
 
 VERSION: str = onnxruntime.__version__
 
-TRIAL_ROWS = (1, 4, 16, 64)
+TRIAL_ROWS = (1, 4, 16, 32, 64)
 TRIALS, TRIAL_S = 7, 0.03
 """calls of a trial, or seconds that they may take together"""
 LONG_S = 0.0003
 """a call that takes less is not worth waking a second thread for"""
-GAIN = 1.1
-"""times as fast must two threads be: the other core has other work, too"""
+GAIN = 1.05
+"""times as fast must two threads be; less is within what a trial may err"""
 TWICE_BYTES = 256 * 2**20
 """a larger graph is loaded once"""
 
