@@ -57,6 +57,9 @@ AHEAD_SLOW = 24
 """the same of rows that do not draw, where steps wait for the graph more than for Python"""
 MAX_AHEAD = 2
 """folds that are under way at once: one runs, and the other follows it without asking Python"""
+JOINING = 4
+"""those who join a fold that waits are this part of it at least: to begin it again for each of them would gather it as
+often as sessions come while a slow graph runs, and keep each of these batches until then"""
 HURRY_S = 0.008
 """how long a roll-out goes on when others have come, or as long as it has itself waited for others: less would cost
 streams more than it saves the others, since a commit of 64 rows takes about two milliseconds"""
@@ -314,7 +317,7 @@ class Engine:
             and last.batch.steps == 1
             and len(last.works) == len(last.batch.rows)
             and not (last.begun.running() or last.begun.done())
-            and self._scheduler.joins(last.batch)
+            and self._scheduler.joins(last.batch, -(-last.batch.width // JOINING))
         )
 
     def _joined(self) -> Batch[Work] | None:

@@ -64,14 +64,15 @@ class Graph:
 
     def threads_of(self, rows: int, wide: bool) -> int:
         """The threads of a call of so many rows that may have more than the others."""
-        return 2 if wide and self._wide is not None and rows >= self._wide_rows else self.threads
+        return 2 if self._session_of(rows, wide) is self._wide else self.threads
 
     def run(self, fetch: Sequence[str], feed: dict[str, Array], rows: int, wide: bool) -> list[Array]:
         """Call the graph."""
-        wide = wide and rows >= self._wide_rows
-        session = self._wide if wide and self._wide is not None else self._session
-        found: list[Array] = session.run(fetch, feed)
+        found: list[Array] = self._session_of(rows, wide).run(fetch, feed)
         return found
+
+    def _session_of(self, rows: int, wide: bool) -> onnxruntime.InferenceSession:
+        return self._wide if wide and self._wide is not None and rows >= self._wide_rows else self._session
 
     def widen(self, trial: Callable[[int], Call]) -> None:
         """Find out from how many rows on two threads pay, if the number of threads is chosen here.

@@ -122,10 +122,14 @@ class Scheduler(Generic[R]):
         self.waiting -= first.width
         return self._filled([first], draws, first.width, since, steps)
 
-    def joins(self, batch: Batch[R]) -> bool:
-        """Whether a row waits that could have been in a batch."""
-        queue = self._queues.get((batch.draws, batch.longest))
-        return queue is not None and len(queue) > 0 and batch.width + queue[0][2].width <= self._max_batch
+    def joins(self, batch: Batch[R], least: int = 1) -> bool:
+        """Whether at least so many sessions wait that could have been in a batch."""
+        joining = 0
+        for _, _, row in self._queues.get((batch.draws, batch.longest), ()):
+            if joining >= least or batch.width + joining + row.width > self._max_batch:
+                break
+            joining += row.width
+        return joining >= least
 
     def joined(self, batch: Batch[R]) -> Batch[R]:
         """A batch that was not run yet, with those that could have been in it."""
