@@ -117,6 +117,25 @@ def test_the_threads_of_a_call_change_nothing(models: Path, cuts: set[int], seed
     assert fold(runner, entries, sorted(cuts)) == fold(runner_of(models, "tiny-letters"), entries, [])
 
 
+def test_single_steps_have_two_threads_only_beside_hardly_any_python(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, asked = both(models), list[bool]()
+    run = graph.Graph.run
+
+    def noted(self: graph.Graph, fetch: Sequence[str], feed: dict[str, Array], rows: int, wide: bool) -> list[Array]:
+        asked.append(wide)
+        return run(self, fetch, feed, rows, wide)
+
+    monkeypatch.setattr(graph.Graph, "run", noted)
+    for hardly in (False, True):
+        monkeypatch.setattr(runner._balance, "hardly_python", hardly)
+        for steps in (1, 2):
+            runner.run(entries_of(runner, steps, 0)[:, None], [state.initial_row(runner.manifest.states)])
+    assert asked == [False, True, True, True]
+    assert runner._graph.threads_of(1, True) == 2 and runner._graph.threads_of(1, False) == 1
+
+
 @functools.cache
 def both(models: Path) -> Runner:
     """A runner with both numbers of threads."""
