@@ -88,7 +88,7 @@ class Feeds(Work):
 
     def begin(self, host: Host) -> None:
         """Take the sessions that have nothing to do but this step."""
-        self._host, self._snapshot_every = host, host.keeping.snapshot_every
+        self._host, self._keeping = host, host.keeping
         self.entries = self._asked.entries
         ats, gaps = self._asked.ats, host.codec.gaps(self.entries)
         held = host.standing(self._asked.keys, ats)
@@ -114,7 +114,9 @@ class Feeds(Work):
 
     def _is_plain(self, base: Resident) -> bool:
         """Whether a session has nothing to do but this step: neither a snapshot, nor what a wake-up has to fold."""
-        return base.folded - base.snapshot_at < self._snapshot_every and not len(base.tail)
+        since, at = base.folded - base.snapshot_at, base.snapshot_at
+        due = since >= self._keeping.snapshot_every and since >= self._keeping.to_next(base.head.branch, at)
+        return not (due or len(base.tail))
 
     def each(self) -> list[Feed]:
         """Those that are left as work of their own."""

@@ -2,7 +2,11 @@
 
 import json
 import socket
+import sqlite3
 import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -309,3 +313,16 @@ def test_what_a_client_that_left_still_waits_for_is_not_fed(server: Server, name
     server.ok(server.post(f"/v1/sessions/{name}/cancel", None))
     assert server.position(name) == position
     assert server.log_of(name)[-1]["source"] == "generated"
+
+
+def test_sessions_that_go_in_step_do_not_all_have_their_snapshots_in_the_same_request(fresh: MakeServer) -> None:
+    one, every = fresh(snapshot_every=64).start(), 64
+    lines = [{"session": f"in-step-{i}", "inputs": "a", **LETTERS} for i in range(100)]
+    for _ in range(2 * every):
+        bulk(one, *lines)
+    one.terminate()
+    with closing(sqlite3.connect(Path(str(one.settings["data_dir"])) / "sessions.sqlite")) as db:
+        places = Counter(position for (position,) in db.execute("SELECT position FROM snapshots"))
+    assert places.total() == len(lines)
+    assert every <= min(places) and max(places) < 1.5 * every
+    assert max(places.values()) < len(lines) / 4
