@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 matplotlib.rcParams["svg.hashsalt"] = "recurra"
 
@@ -17,6 +18,8 @@ def lines(path: Path, x_label: str, y_label: str, x: Sequence[int], series: Mapp
         axes.plot(x, y, "--" if name.startswith("engine") else "-", marker="o", markersize=3, label=name)
     axes.set(xscale="log", yscale="log", xlabel=x_label)
     axes.set_xticks(x, [f"{value:,}" for value in x])
+    # A decade alone would often be the only number on the axis.
+    axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:,g}"))
     axes.minorticks_off()
     _save(figure, axes, path)
 
