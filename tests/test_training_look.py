@@ -16,8 +16,9 @@ from training.checkpoint import load_model
 from training.config import recipe_from
 from training.corpora import load_corpus
 from training.data import Sequence
+from training.device import bf16_runs
 from training.evaluate import accuracy
-from training.look import lags
+from training.look import lags, memory
 from training.look.confusion import confusion
 from training.look.curves import clipped_shares
 from training.look.gates import FORGETTING, MEMORIES, NEW, WEIGHTED, gates
@@ -116,6 +117,21 @@ def test_the_pictures_go_into_the_model_card(text_run: Path, tmp_path: Path) -> 
     assert exported.exit_code == 0, exported.output
     card = (tmp_path / "fox" / "1" / "README.md").read_text(encoding="utf-8")
     assert all(f"({name})" in card and (tmp_path / "fox" / "1" / name).is_file() for name in pictures)
+
+
+@pytest.mark.skipif(not bf16_runs("cpu", "lstm"), reason="torch runs no lstm in bf16 on this processor")
+def test_a_run_in_bf16_can_be_looked_at_where_torch_runs_none(
+    text_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, lstm = text_run.parent / "book.txt", ["--set", "model.cell=lstm", "--set", "train.precision=bf16"]
+    trained = call("train", "--data", book, "--out", tmp_path / "run", *lstm, *SMALL)
+    assert trained.exit_code == 0, trained.output
+    found = look(tmp_path / "run")
+    assert "bf16" not in found["said"]
+    monkeypatch.setattr(memory, "bf16_runs", lambda *_: False)
+    elsewhere = look(tmp_path / "run")
+    assert "in fp32: torch runs no lstm in bf16" in elsewhere["said"]
+    assert elsewhere["memory"]["bytes_per_step"] != found["memory"]["bytes_per_step"]
 
 
 def test_no_run_is_one_line() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import recipe_from
+from training.device import bf16_runs
 from training.look import lags, pictures
 from training.look.seen import Seen, View
 
@@ -17,9 +18,14 @@ MIB = 2**20
 
 
 def view(seen: Seen) -> View:
-    """Bytes by T at the run's own batch; the chunk that the run learnt from is marked."""
-    train = recipe_from(seen.meta["recipe"]).train
-    kept = {steps: training_bytes(seen, steps, train.batch, train.precision) for steps in LENGTHS}
+    """Bytes by T at the run's own batch; the chunk that the run learnt from is marked.
+
+    In the run's own precision, or in fp32 where this processor can not: another one may have learnt it.
+    """
+    recipe = recipe_from(seen.meta["recipe"])
+    train, bf16 = recipe.train, recipe.train.precision == "bf16"
+    able = bf16_runs("cpu", recipe.model.cell)
+    kept = {steps: training_bytes(seen, steps, train.batch, bf16 and able) for steps in LENGTHS}
     each = (kept[LENGTHS[-1]] - kept[LENGTHS[0]]) / (LENGTHS[-1] - LENGTHS[0])
     figure, (axes,) = pictures.panels(1)
     pictures.lines(
@@ -33,13 +39,14 @@ def view(seen: Seen) -> View:
     axes.set(ylim=(0, None))
     axes.legend(fontsize="small")
     pictures.save(figure, seen.plot("memory"))
+    instead = ", in fp32: torch runs no lstm in bf16 on this processor" if bf16 and not able else ""
     return View(
-        f"{each / MIB:.3f} MiB for every step of a chunk at a batch of {train.batch}",
+        f"{each / MIB:.3f} MiB for every step of a chunk at a batch of {train.batch}{instead}",
         {"bytes": {str(steps): value for steps, value in kept.items()}, "bytes_per_step": each, "batch": train.batch},
     )
 
 
-def training_bytes(seen: Seen, steps: int, rows: int, precision: str) -> int:
+def training_bytes(seen: Seen, steps: int, rows: int, bf16: bool) -> int:
     """What one forward pass over `steps` of so many rows keeps, the loss included."""
     batch = lags.windows(seen.corpus.train, min(steps, longest(seen)), rows)
     repeats = -(-steps // len(batch.inputs))
@@ -50,7 +57,7 @@ def training_bytes(seen: Seen, steps: int, rows: int, precision: str) -> int:
     whole = type(batch)(inputs, targets, weights, fresh=batch.fresh, spans=batch.spans)
 
     def forward() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             outputs, _ = seen.model(whole.inputs, seen.model.initial_state(rows))
         return seen.task.losses(seen.model, outputs, whole)[0]
 
