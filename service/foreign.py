@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from service import state
 from service.bundle import Bundle, BundleError, Foreign, TensorSpec
+from service.graph import Stepping
 from service.runner import Called, Folded, Runner, check_close, check_names, check_sizes, digest, equal
 from service.state import Array
 from service.tensors import Layout, check_constants, entry_of
@@ -78,6 +79,9 @@ class ForeignRunner(Runner):
             for output, array in zip(outputs, whole, strict=True):
                 output[0, i] = array[:, 0]
         return outputs, states
+
+    def _stepping(self, states: list[Array]) -> Stepping | None:
+        return None
 
     def _run(self, entries: Array, states: list[Array], wide: bool) -> Called:
         if len(entries) == 1 or self.chunks_exactly:

@@ -19,13 +19,16 @@ from safetensors import SafetensorError
 
 from service import pool, state
 from service.balance import Balance
-from service.bundle import Bundle, BundleError, Manifest, StateSpec, TensorSpec, Window
+from service.bundle import DTYPES, Bundle, BundleError, Manifest, StateSpec, TensorSpec, Window
 from service.cores import ALL, Cores
-from service.graph import VERSION, Call, Graph
+from service.graph import VERSION, Call, Graph, Stepping
 from service.state import Array, Row
 
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
 _TYPES |= {f"tensor({name})": name for name in ("int64", "int32", "float16", "int16", "int8", "uint8", "bool")}
+
+MANY = 32
+"""rows of a roll-out from which on a call takes so long that nothing is gained by arrays that are made once"""
 
 Called = tuple[list[Array], list[Array]]
 """Outputs and next states"""
@@ -62,6 +65,7 @@ class Runner:
         self._fetch = self._names + [spec.output for spec in self.manifest.states]
         self._fed = [spec.input for spec in self.manifest.states]
         self._rolling = _Last(self.manifest.states)
+        self._stepped: Stepping | None = None
         # What a windowed session remembers is more than the graph's states: its rows are put together elsewhere.
         is_whole = not isinstance(self.manifest.memory, Window)
         self._pool = pool.Pool(self.manifest.states, self.manifest.outputs) if is_whole else None
@@ -135,17 +139,36 @@ class Runner:
         """
         states = self._rolling.states_of(rows)
         early = self._rolling.early(rows, entries)
+        stepping = self._stepping(states) if early is None and not ahead else None
         finite = True
         for step in steps:
-            outputs, states = early.result() if early is not None else self._call(entries[None], states, True)
+            if stepping is not None:
+                outputs = stepping(entries)
+            else:
+                outputs, states = early.result() if early is not None else self._call(entries[None], states, True)
             early = None
             finite = finite and all(map(state.all_finite, outputs))
             entries = draw(step, {name: array[0] for name, array in zip(self._names, outputs, strict=True)})
+        if stepping is not None:
+            outputs, states = [array.copy() for array in outputs], stepping.states
         finite = finite and all(map(state.all_finite, states))
         after = self._rolling.take(states)
         if ahead:
             self._rolling.begin(entries, self._beside.submit(self._call, entries[None], states, True))
         return Folded(self._named(outputs), after, finite)
+
+    def _stepping(self, states: list[Array]) -> Stepping | None:
+        """Steps from these states on, in the arrays of the last ones of as many rows; None where that does not pay."""
+        specs, rows = self.manifest.states, states[0].shape[self.manifest.states[0].stack_axis]
+        if rows >= MANY or not (self.batches_exactly or rows == 1):
+            return None
+        if self._stepped is None or self._stepped.rows != rows:
+            entries = np.empty((1, rows, *self._input.row_shape), self._input.dtype)
+            outputs = {s.name: np.empty((1, rows, *s.row_shape), DTYPES[s.dtype]) for s in self.manifest.outputs}
+            links = {(s.input, s.output): np.empty(a.shape, a.dtype) for s, a in zip(specs, states, strict=True)}
+            self._stepped = self._graph.stepping((self._input.name, entries), outputs, links, True)
+        self._stepped.begin(states)
+        return self._stepped
 
     def _widen(self) -> None:
         """Let calls have two threads where that pays."""

@@ -259,6 +259,38 @@ def test_a_roll_out_is_what_single_steps_give(models: Path, exactly: bool) -> No
         assert bits(folded, 0) == bits(rolled, i)
 
 
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_roll_out_goes_on_from_another_and_leaves_its_rows_as_they_are(
+    models: Path, exactly: bool, ahead: bool
+) -> None:
+    runner = runner_of(models, "tiny-letters")
+    runner.batches_exactly = exactly
+    drawn: list[list[int]] = []
+
+    def likeliest(step: int, outputs: dict[str, Array]) -> Array:
+        found = outputs["logits"].argmax(axis=1)
+        drawn.append(found.tolist())
+        return found
+
+    zero: list[state.Row] = [state.initial_row(runner.manifest.states)] * 3
+    whole = runner.roll(np.array([1, 2, 3]), zero, range(15), likeliest)
+    expected, drawn = drawn, []
+    entries, rows, held = np.array([1, 2, 3]), zero, []
+    for count in range(1, 6):
+        rows = runner.roll(entries, rows, range(count), likeliest, ahead).rows
+        entries = np.array(drawn[-1])
+        held.append((rows, [state.digest(row) for row in rows]))
+    assert drawn == expected
+    assert all(map(state.equal, rows, whole.rows))
+    assert all([state.digest(row) for row in of] == before for of, before in held)
+    assert all(state.equal(row, state.initial_row(runner.manifest.states)) for row in zero)
+    # What was begun early for these entries is of no use for others.
+    other = runner.roll(np.array([3, 3, 3]), rows, range(2), likeliest, ahead)
+    alone = runner.roll(np.array([3]), [rows[1]], range(2), likeliest)
+    assert state.equal(other.rows[1], alone.rows[0])
+
+
 def test_where_chunks_round_otherwise_the_bundle_is_refused(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disturb(monkeypatch, lambda rows, steps: steps > 1)
     with pytest.raises(BundleError, match="bits"):
