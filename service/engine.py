@@ -57,9 +57,9 @@ AHEAD_SLOW = 24
 """the same of rows that do not draw, where steps wait for the graph more than for Python"""
 MAX_AHEAD = 2
 """folds that are under way at once: one runs, and the other follows it without asking Python"""
-JOINING = 4
-"""those who join a fold that waits are this part of it at least: to begin it again for each of them would gather it as
-often as sessions come while a slow graph runs, and keep each of these batches until then"""
+JOINS, JOINING = 12, 4
+"""how often a fold that waits is begun again for whoever comes, and which part of it they must be at least from then
+on: while a slow graph runs it would else be gathered as often as sessions come, and each of these batches kept"""
 HURRY_S = 0.008
 """how long a roll-out goes on when others have come, or as long as it has itself waited for others: less would cost
 streams more than it saves the others, since a commit of 64 rows takes about two milliseconds"""
@@ -139,6 +139,8 @@ class Engine:
         self._unscheduled: list[Work] = []
         self._untold: list[tuple[Listener, Event]] = []
         self._ahead: deque[Ahead] = deque()
+        self._joins = 0
+        """how often the last one was begun again"""
         self._queued_steps = 0
         self._stopping = False
         self.calls: dict[int, tuple[int, float]] = {}
@@ -301,6 +303,7 @@ class Engine:
         """What is to be run now: beside what is under way only where it may be begun ahead."""
         if len(self._ahead) == MAX_AHEAD:
             return self._joined()
+        self._joins = 0
         if self._ahead and self._scheduler.waiting < AHEAD_FED and not self._runner.on_graph:
             return None
         batch = self._scheduler.next()
@@ -317,7 +320,7 @@ class Engine:
             and last.batch.steps == 1
             and len(last.works) == len(last.batch.rows)
             and not (last.begun.running() or last.begun.done())
-            and self._scheduler.joins(last.batch, -(-last.batch.width // JOINING))
+            and self._scheduler.joins(last.batch, 1 if self._joins < JOINS else -(-last.batch.width // JOINING))
         )
 
     def _joined(self) -> Batch[Work] | None:
@@ -326,6 +329,7 @@ class Engine:
         if not (self._may_join(last) and self._runner.cancel(last.begun)):
             return None
         self._ahead.pop()
+        self._joins += 1
         return self._scheduler.joined(last.batch)
 
     def _goes_ahead(self, batch: Batch[Work]) -> bool:

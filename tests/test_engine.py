@@ -337,18 +337,23 @@ def test_who_comes_while_a_fold_waits_for_the_graph_joins_it(gated: tuple[Rig, G
     assert row_of(one, "b") == expected_row(one, symbols(2))
 
 
-def test_a_fold_is_not_begun_again_for_one_of_many(gated: tuple[Rig, Gated]) -> None:
+def test_a_fold_is_not_begun_again_for_each_of_many(gated: tuple[Rig, Gated], monkeypatch: pytest.MonkeyPatch) -> None:
     one, runner = gated
+    monkeypatch.setattr("service.engine.JOINS", 2)
     works = [Feed(Ear(), NewSession(key(f"a{i}"), 1), symbols(1), True) for i in range(9)]
     one.engine.submit(*works)
     until(lambda: runner.begun == [1, 9])
-    ears = [feed(one, symbols(1), f"b{i}", new=True) for i in range(2)]
+    ears = [feed(one, symbols(1), "b0", new=True)]
+    until(lambda: runner.begun == [1, 9, 10])
+    ears.append(feed(one, symbols(1), "b1", new=True))
+    until(lambda: runner.begun == [1, 9, 10, 11])
+    ears += [feed(one, symbols(1), f"c{i}", new=True) for i in range(2)]
     until(lambda: one.engine._scheduler.waiting == 2)
-    assert runner.begun == [1, 9]
-    ears.append(feed(one, symbols(1), "c", new=True))
-    until(lambda: runner.begun == [1, 9, 12])
+    assert runner.begun == [1, 9, 10, 11]
+    ears.append(feed(one, symbols(1), "d", new=True))
+    until(lambda: runner.begun == [1, 9, 10, 11, 14])
     runner.gate.set()
-    assert all(ear.end().head.position == 1 for ear in ears) and runner.calls == [(1, 1), (12, 1)]
+    assert all(ear.end().head.position == 1 for ear in ears) and runner.calls == [(1, 1), (14, 1)]
 
 
 def test_who_waits_for_the_graph_may_still_leave(gated: tuple[Rig, Gated]) -> None:
