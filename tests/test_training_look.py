@@ -127,7 +127,7 @@ def test_a_run_in_bf16_can_be_looked_at_where_torch_runs_none(
     trained = call("train", "--data", book, "--out", tmp_path / "run", *lstm, *SMALL)
     assert trained.exit_code == 0, trained.output
     found = look(tmp_path / "run")
-    assert "bf16" not in found["said"]
+    assert "in fp32" not in found["said"]
     monkeypatch.setattr(memory, "bf16_runs", lambda *_: False)
     elsewhere = look(tmp_path / "run")
     assert "in fp32: torch runs no lstm in bf16" in elsewhere["said"]
