@@ -81,6 +81,7 @@ class ForeignRunner(Runner):
         return outputs, states
 
     def _stepping(self, states: list[Array]) -> Stepping | None:
+        # Its arrays are put into the graph's own axes at each call.
         return None
 
     def _run(self, entries: Array, states: list[Array], wide: bool) -> Called:

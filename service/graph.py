@@ -72,10 +72,10 @@ class Graph:
         return found
 
     def stepping(
-        self, entries: tuple[str, Array], outputs: dict[str, Array], states: dict[tuple[str, str], Array], wide: bool
+        self, entries: tuple[str, Array], outputs: dict[str, Array], states: dict[tuple[str, str], Array]
     ) -> "Stepping":
-        """Calls of a step each for as many rows as `entries` [1, rows, ...] has."""
-        return Stepping(self._session_of(entries[1].shape[1], wide), entries, outputs, states)
+        """Calls of a step each for as many rows as `entries` [1, rows, ...] has, which may have two threads."""
+        return Stepping(self._session_of(entries[1].shape[1], True), entries, outputs, states)
 
     def _session_of(self, rows: int, wide: bool) -> onnxruntime.InferenceSession:
         return self._wide if wide and self._wide is not None and rows >= self._wide_rows else self._session

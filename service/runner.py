@@ -166,7 +166,7 @@ class Runner:
             entries = np.empty((1, rows, *self._input.row_shape), self._input.dtype)
             outputs = {s.name: np.empty((1, rows, *s.row_shape), DTYPES[s.dtype]) for s in self.manifest.outputs}
             links = {(s.input, s.output): np.empty(a.shape, a.dtype) for s, a in zip(specs, states, strict=True)}
-            self._stepped = self._graph.stepping((self._input.name, entries), outputs, links, True)
+            self._stepped = self._graph.stepping((self._input.name, entries), outputs, links)
         self._stepped.begin(states)
         return self._stepped
 

@@ -316,7 +316,8 @@ def test_what_a_client_that_left_still_waits_for_is_not_fed(server: Server, name
 
 
 def test_sessions_that_go_in_step_do_not_all_have_their_snapshots_in_the_same_request(fresh: MakeServer) -> None:
-    one, every = fresh(snapshot_every=64).start(), 64
+    every = 64
+    one = fresh(snapshot_every=every).start()
     lines = [{"session": f"in-step-{i}", "inputs": "a", **LETTERS} for i in range(100)]
     for _ in range(2 * every):
         bulk(one, *lines)

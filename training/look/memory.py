@@ -24,8 +24,8 @@ def view(seen: Seen) -> View:
     """
     recipe = recipe_from(seen.meta["recipe"])
     train, bf16 = recipe.train, recipe.train.precision == "bf16"
-    able = bf16_runs("cpu", recipe.model.cell)
-    kept = {steps: training_bytes(seen, steps, train.batch, bf16 and able) for steps in LENGTHS}
+    lacking = bf16 and not bf16_runs("cpu", recipe.model.cell)
+    kept = {steps: training_bytes(seen, steps, train.batch, bf16 and not lacking) for steps in LENGTHS}
     each = (kept[LENGTHS[-1]] - kept[LENGTHS[0]]) / (LENGTHS[-1] - LENGTHS[0])
     figure, (axes,) = pictures.panels(1)
     pictures.lines(
@@ -39,7 +39,7 @@ def view(seen: Seen) -> View:
     axes.set(ylim=(0, None))
     axes.legend(fontsize="small")
     pictures.save(figure, seen.plot("memory"))
-    instead = ", in fp32: torch runs no lstm in bf16 on this processor" if bf16 and not able else ""
+    instead = ", in fp32: torch runs no lstm in bf16 on this processor" if lacking else ""
     return View(
         f"{each / MIB:.3f} MiB for every step of a chunk at a batch of {train.batch}{instead}",
         {"bytes": {str(steps): value for steps, value in kept.items()}, "bytes_per_step": each, "batch": train.batch},
