@@ -24,8 +24,9 @@ help:
 run: $(SERVING)
 	@exec $(BIN)/python -m service
 
+# Two at a time: much of the suite waits, and tests of one file share what they start.
 test: $(COMPLETE)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: ARGS ?= --minutes 2
 chaos: $(COMPLETE)
