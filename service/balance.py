@@ -3,8 +3,10 @@
 from math import inf
 from time import process_time
 
-TICKS = 16
-"""after which the two are compared; what was found before counts half as much"""
+TICKS, KEPT = 16, 0.8
+"""ticks after which the two are compared; so much of what was found before counts each time"""
+LESS = 0.9
+"""of what the graph computes may the rest be at most: where they are alike handing over costs more than it saves"""
 
 
 class Balance:
@@ -38,8 +40,8 @@ class Balance:
     def _compare(self) -> None:
         process_s = process_time()
         graph_s = self._least_s * self._steps
-        self._graph_s = self._graph_s / 2 + graph_s
-        self._rest_s = self._rest_s / 2 + process_s - self._process_s - graph_s
-        self.on_graph = self._rest_s < self._graph_s
+        self._graph_s = self._graph_s * KEPT + graph_s
+        self._rest_s = self._rest_s * KEPT + process_s - self._process_s - graph_s
+        self.on_graph = self._rest_s < LESS * self._graph_s
         self.hardly_python = self._rest_s < self._graph_s / 2
         self._ticks, self._steps, self._least_s, self._process_s = 0, 0, inf, process_s

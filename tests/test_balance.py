@@ -60,3 +60,10 @@ def test_without_a_core_to_spare_they_never_wait_for_the_graph_alone(clock: Cloc
     found = Balance(False)
     ticks(found, clock, graph_s=0.003, rest_s=0.0)
     assert not found.on_graph
+
+
+def test_where_both_compute_alike_nothing_is_handed_over(clock: Clock) -> None:
+    found = Balance(True)
+    for _ in range(4):
+        ticks(found, clock, graph_s=0.003, rest_s=0.0028)
+    assert not found.on_graph
