@@ -64,7 +64,11 @@ HURRY_S = 0.008
 """how long a roll-out goes on when others have come, or as long as it has itself waited for others: less would cost
 streams more than it saves the others, since a commit of 64 rows takes about two milliseconds"""
 
-_OUTCOMES = ((Applied, "applied"), (Problem, "failed"), (Conflict, "conflict"))
+_OUTCOMES = (
+    (Applied, metrics.COMMITS.labels("applied")),
+    (Problem, metrics.COMMITS.labels("failed")),
+    (Conflict, metrics.COMMITS.labels("conflict")),
+)
 
 Post = Callable[[list[tuple[Listener, Event]]], None]
 """Takes a tick's events to the event loop; called on the engine's thread."""
@@ -142,14 +146,12 @@ class Engine:
         self.calls: dict[int, tuple[int, float]] = {}
         """calls of the graph by their number of rows: (how many, seconds in all)"""
         labels = (self.manifest.name, str(self.manifest.version))
-        self._steps = metrics.STEPS.of(*labels)
-        self._tokens = metrics.TOKENS.of(*labels)
-        self._ticks = metrics.TICKS.of(*labels)
-        self._batch_rows = metrics.BATCH_ROWS.of(*labels)
-        self._queue_seconds = metrics.QUEUE_SECONDS.of(*labels)
-        self._run_seconds = metrics.RUN_SECONDS.of(*labels)
-        self._commit_seconds = metrics.COMMIT_SECONDS.of(*labels)
-        self._outcomes = [(kind, metrics.COMMITS.of(outcome, *labels)) for kind, outcome in _OUTCOMES]
+        self._steps = metrics.STEPS.labels(*labels)
+        self._tokens = metrics.TOKENS.labels(*labels)
+        self._ticks = metrics.TICKS.labels(*labels)
+        self._batch_rows = metrics.BATCH_ROWS.labels(*labels)
+        self._queue_seconds = metrics.QUEUE_SECONDS.labels(*labels)
+        self._run_seconds = metrics.RUN_SECONDS.labels(*labels)
         self._wake_seconds = metrics.WAKE_SECONDS.labels(*labels)
         self._parked, self._ended, self._discarded, self._restarted = (
             metrics.EVICTED.labels(*labels, reason) for reason in ("parked", "ended", "discarded", "store_restarted")
@@ -519,19 +521,14 @@ class Engine:
             started = perf_counter()
             results = self._committed([commit for _, commits in due for commit in commits], parking)
             seconds = perf_counter() - started
-            self._commit_seconds.observe(seconds)
+            metrics.COMMIT_SECONDS.observe(seconds)
             if tracing.on:
                 tracing.tell("commit", (work for work, _ in due), seconds)
             end = 0
             for work, commits in due:
                 begin, end = end, end + len(commits)
                 self._hold(*work.settled(results[begin:end]))
-            self._count(results)
-
-    def _count(self, results: Sequence[Result | Problem]) -> None:
-        kinds = list(map(type, results))
-        for kind, outcome in self._outcomes:
-            outcome.inc(kinds.count(kind))
+            _count(results)
 
     def _committed(self, due: Sequence[Change], parking: Sequence[Snapshot] = ()) -> list[Result | Problem]:
         try:
@@ -701,3 +698,10 @@ def _nobody(event: Event) -> None:
 def _leads_to(known: Head, held: Head) -> bool:
     """Whether a head in memory is the known one, or one that this process has committed on top of it."""
     return (held.epoch, held.branch) == (known.epoch, known.branch) and held.position >= known.position
+
+
+def _count(results: Sequence[Result | Problem]) -> None:
+    kinds = list(map(type, results))
+    for kind, outcome in _OUTCOMES:
+        if count := kinds.count(kind):
+            outcome.inc(count)

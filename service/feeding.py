@@ -389,12 +389,13 @@ def shown_together(model: Model, column: Column, wanted: Sequence[int | None]) -
 
 
 def _newest(model: Model, column: Column, chosen: list[int], alternatives: int) -> list[Prediction]:
-    outputs, entries = column.outputs, column.entries
+    outputs, before, entries = column.outputs, column.before, column.entries
     if len(chosen) < len(column.heads):
         outputs = {name: array[chosen] for name, array in outputs.items()}
+        before = {name: array[chosen] for name, array in before.items()}
         entries = entries[chosen]
     positions = [column.heads[i].position for i in chosen]
-    return model.engine.codec.newest(outputs, positions, column.before(chosen), entries, alternatives)
+    return model.engine.codec.newest(outputs, positions, before, entries, alternatives)
 
 
 def done_at(column: Column, i: int, outputs: bool) -> Done:
@@ -402,7 +403,7 @@ def done_at(column: Column, i: int, outputs: bool) -> Done:
     head, entries, created = column.heads[i], column.entries[i : i + 1], column.created[i]
     if not outputs:
         return Done(head, entries=entries, created=created)
-    before = {name: array[0] for name, array in column.before((i,)).items()}
+    before = {name: array[i] for name, array in column.before.items()}
     return Done(head, {name: array[i : i + 1] for name, array in column.outputs.items()}, before, (), entries, created)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from service.tallies import Counts, Tallies
-
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 REGISTRY = CollectorRegistry()
@@ -23,18 +21,22 @@ _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 REQUESTS = Counter("recurra_requests", "HTTP requests by method and status", ("method", "status"), registry=REGISTRY)
 REFUSALS = Counter("recurra_refusals", "Requests, lines and streams refused, by code", ("code",), registry=REGISTRY)
 REPLAYS = Counter("recurra_replays", "Requests answered by what their key had stored", registry=REGISTRY)
-STEPS = Counts("recurra_steps", "Log entries folded", _MODEL, REGISTRY)
-TOKENS = Counts("recurra_tokens", "Tokens drawn", _MODEL, REGISTRY)
-TICKS = Counts("recurra_ticks", "Batches run", _MODEL, REGISTRY)
-BATCH_ROWS = Tallies("recurra_batch_rows", "Sessions in a batch", _MODEL, REGISTRY, _ROWS)
+STEPS = Counter("recurra_steps", "Log entries folded", _MODEL, registry=REGISTRY)
+TOKENS = Counter("recurra_tokens", "Tokens drawn", _MODEL, registry=REGISTRY)
+TICKS = Counter("recurra_ticks", "Batches run", _MODEL, registry=REGISTRY)
+BATCH_ROWS = Histogram("recurra_batch_rows", "Sessions in a batch", _MODEL, registry=REGISTRY, buckets=_ROWS)
 MAX_BATCH_ROWS = Gauge("recurra_max_batch_rows", "Sessions that a batch may have", _MODEL, registry=REGISTRY)
 QUEUED_STEPS = Gauge("recurra_queued_steps", "Steps waiting or running", _MODEL, registry=REGISTRY)
-QUEUE_SECONDS = Tallies(
-    "recurra_queue_seconds", "How long the first of a batch has waited for it", _MODEL, REGISTRY, _SECONDS
+QUEUE_SECONDS = Histogram(
+    "recurra_queue_seconds",
+    "How long the first of a batch has waited for it",
+    _MODEL,
+    registry=REGISTRY,
+    buckets=_SECONDS,
 )
-RUN_SECONDS = Tallies("recurra_run_seconds", "Time in the graph a tick", _MODEL, REGISTRY, _SECONDS)
-COMMIT_SECONDS = Tallies("recurra_commit_seconds", "Time of a group commit", (), REGISTRY, _SECONDS)
-COMMITS = Counts("recurra_commits", "Session commits by outcome", ("outcome",), REGISTRY)
+RUN_SECONDS = Histogram("recurra_run_seconds", "Time in the graph a tick", _MODEL, registry=REGISTRY, buckets=_SECONDS)
+COMMIT_SECONDS = Histogram("recurra_commit_seconds", "Time of a group commit", registry=REGISTRY, buckets=_SECONDS)
+COMMITS = Counter("recurra_commits", "Session commits by outcome", ("outcome",), registry=REGISTRY)
 ACTIVE = Gauge("recurra_sessions_active", "Sessions held in memory", _MODEL, registry=REGISTRY)
 PARKED = Gauge("recurra_sessions_parked", "Sessions that live in the store alone", _MODEL, registry=REGISTRY)
 EVICTED = Counter(

@@ -28,11 +28,6 @@ def samples() -> dict[str, set[str]]:
     for metric in vars(metrics).values():
         if isinstance(metric, metrics.Counter):
             found[f"{metric._name}_total"] = set(metric._labelnames)
-        elif isinstance(metric, metrics.Counts):
-            found[f"{metric.name}_total"] = set(metric.labels)
-        elif isinstance(metric, metrics.Tallies):
-            for suffix in ("_bucket", "_sum", "_count"):
-                found[metric.name + suffix] = {*metric.labels, *(("le",) if suffix == "_bucket" else ())}
         elif isinstance(metric, metrics.Gauge):
             found[metric._name] = set(metric._labelnames)
         elif isinstance(metric, metrics.Histogram):

@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 
 from service.errors import Problem
-from service.pool import Slot
 from service.state import Array, Row
 from service.store.base import Generation, Head
 from service.tasks import Alternative, Output
@@ -108,25 +107,8 @@ class Column(msgspec.Struct, frozen=True):
     """[n, ...]"""
     outputs: Output
     """[n, ...] by name"""
-    judged: str
-    """the output by which the next entry is judged, if there is one"""
-    said: Sequence[Output | Slot | None]
-    """what has the outputs at the positions before"""
-
-    def before(self, places: Sequence[int]) -> Output:
-        """The judged output at the positions before those places, [n, ...]; NaN where there was none.
-
-        Put together by whoever asks: the engine's thread has no time for it.
-        """
-        name, said = self.judged, [self.said[i] for i in places]
-        if not name:
-            return {}
-        slots = [one for one in said if isinstance(one, Slot)]
-        if slots and len(slots) == len(said):
-            return {name: slots[0].pool.output(name, slots)}
-        nothing = np.full_like(self.outputs[name][0], np.nan)
-        outputs = [one.output if isinstance(one, Slot) else one for one in said]
-        return {name: np.array([output[name] if output is not None else nothing for output in outputs])}
+    before: Output
+    """the outputs at the positions before, NaN where there were none; those that a prediction is judged by"""
 
 
 Event = Column | Done | Tokens | Failed | LostRace | Suspended

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, cast
 
 import msgspec
+import numpy as np
 
 from service import state, tracing
 from service.errors import Problem, not_ready
@@ -203,9 +204,19 @@ class Feeds(Work):
 
     def _answer(self, heads: Sequence[Head]) -> None:
         created = [isinstance(self._asked.ats[i], NewSession) for i in self._which]
-        said = [base.said for base in self._bases]
         judged = self._host.codec.judged
-        self.end(Column(self._which, heads, created, self.entries, self._outputs, judged, said))
+        before = {judged: self._before(judged)} if judged else {}
+        self.end(Column(self._which, heads, created, self.entries, self._outputs, before))
+
+    def _before(self, name: str) -> Array:
+        """What was said of a name before this step; NaN where nothing was."""
+        said = [base.said for base in self._bases]
+        slots = [one for one in said if isinstance(one, Slot)]
+        if len(slots) == len(said):
+            return slots[0].pool.output(name, slots)
+        nothing = np.full_like(self._outputs[name][0], np.nan)
+        before = (base.output for base in self._bases)
+        return np.array([output[name] if output is not None else nothing for output in before])
 
     def _residents(self, heads: Sequence[Head]) -> Iterable[Resident]:
         """The sessions as they are in memory now, none of which keeps the batch."""

@@ -54,10 +54,6 @@ def offered() -> dict[str, tuple[str, tuple[str, ...]]]:
         if isinstance(metric, metrics.Counter | metrics.Gauge | metrics.Histogram):
             suffix = "_total" if isinstance(metric, metrics.Counter) else ""
             found[metric._name + suffix] = (metric._type, tuple(metric._labelnames))
-        elif isinstance(metric, metrics.Counts):
-            found[metric.name + "_total"] = ("counter", tuple(metric.labels))
-        elif isinstance(metric, metrics.Tallies):
-            found[metric.name] = ("histogram", tuple(metric.labels))
     return found
 
 
