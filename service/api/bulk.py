@@ -50,6 +50,9 @@ WINDOW = 4096
 """lines that are under way at once"""
 SLICE, SLICE_ALONE = 256, 64
 """lines that are worked on before others have the event loop, and lines that go their own way"""
+FIRST, ASIDE_S = 128, 0.001
+"""the first slice of several, and what is waited after it: the graph shall begin before the other lines are read, and
+meanwhile the engine would have to wait for the interpreter"""
 PART_BYTES = 64 * 1024
 """no part of the answer is longer, and one that is as long is sent"""
 
@@ -158,6 +161,9 @@ class Bulk:
 
     async def write(self, send: Send) -> None:
         """Run the lines, and send their answers in order: those that are there together in one part."""
+        if len(self._raw) > SLICE:
+            self._begin(FIRST)
+            await asyncio.sleep(ASIDE_S)
         while len(self._begun) < len(self._raw):
             self._begin()
             await asyncio.sleep(0)
@@ -232,11 +238,11 @@ class Bulk:
 
     # ------------------------------------------------------------------ in columns
 
-    def _begin(self) -> None:
+    def _begin(self, most: int = SLICE) -> None:
         """Feed some lines more, unless they have to wait for others of their sessions."""
         steps = alone = 0
         first = len(self._begun)
-        for number in range(first, min(first + SLICE, len(self._raw))):
+        for number in range(first, min(first + most, len(self._raw))):
             if self._begin_step(number):
                 steps += 1
                 continue
