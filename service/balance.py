@@ -5,8 +5,9 @@ from time import process_time
 
 TICKS, KEPT = 16, 0.8
 """ticks after which the two are compared; so much of what was found before counts each time"""
-LESS = 0.9
-"""of what the graph computes may the rest be at most: where they are alike handing over costs more than it saves"""
+LESS, STAYS = 0.9, 1.05
+"""of what the graph computes may the rest be at most for handing over to begin, and to go on. Where they are alike it
+is as good as not handing over, but makes the rest more, and to change from one to the other costs more than either"""
 
 
 class Balance:
@@ -42,6 +43,6 @@ class Balance:
         graph_s = self._least_s * self._steps
         self._graph_s = self._graph_s * KEPT + graph_s
         self._rest_s = self._rest_s * KEPT + process_s - self._process_s - graph_s
-        self.on_graph = self._rest_s < LESS * self._graph_s
+        self.on_graph = self._rest_s < (STAYS if self.on_graph else LESS) * self._graph_s
         self.hardly_python = self._rest_s < self._graph_s / 2
         self._ticks, self._steps, self._least_s, self._process_s = 0, 0, inf, process_s

@@ -60,6 +60,9 @@ MAX_AHEAD = 2
 JOINS, JOINING = 12, 4
 """how often a fold that waits is begun again for whoever comes, and which part of it they must be at least from then
 on: while a slow graph runs it would else be gathered as often as sessions come, and each of these batches kept"""
+SHARE, UNCUT, TICKS_KEPT = 0.6, 24, 16
+"""of the sessions that come again and again may one fold of them have; how many it may have always; ticks that tell how
+many come"""
 HURRY_S = 0.008
 """how long a roll-out goes on when others have come, or as long as it has itself waited for others: less would cost
 streams more than it saves the others, since a commit of 64 rows takes about two milliseconds"""
@@ -141,6 +144,8 @@ class Engine:
         self._ahead: deque[Ahead] = deque()
         self._joins = 0
         """how often the last one was begun again"""
+        self._there: deque[int] = deque([0], TICKS_KEPT)
+        """the sessions that waited or were under way when the newest folds were begun"""
         self._queued_steps = 0
         self._stopping = False
         self.calls: dict[int, tuple[int, float]] = {}
@@ -304,14 +309,23 @@ class Engine:
         if len(self._ahead) == MAX_AHEAD:
             return self._joined()
         self._joins = 0
+        self._there.append(self._scheduler.waiting + sum(ahead.batch.width for ahead in self._ahead))
         if self._ahead and self._scheduler.waiting < AHEAD_FED and not self._runner.on_graph:
             return None
-        batch = self._scheduler.next()
+        batch = self._scheduler.next(self._share())
         if batch is not None:
             waited = perf_counter() - batch.since
             self._queue_seconds.observe(waited)
             self._patience = max(HURRY_S, waited)
         return batch
+
+    def _share(self) -> int | None:
+        """The most sessions of a fold that others answer for meanwhile: little more than half of those that come again.
+
+        With more, those who are left are done long before the many have come again, and the graph waits for them; and
+        since they come together, it would go on like that. Half at most leaves rests, which become folds of their own.
+        """
+        return max(UNCUT, int(SHARE * max(self._there))) if self._runner.on_graph else None
 
     def _may_join(self, last: Ahead) -> bool:
         """Whether rows wait that could be in a fold that was begun, and does not run yet."""

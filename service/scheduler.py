@@ -55,6 +55,8 @@ class Batch(Generic[R]):
     """when the first of them was there"""
     longest: int
     """the power of two of steps that each may take"""
+    most: int
+    """sessions that may be in it"""
 
 
 class Pace:
@@ -109,8 +111,11 @@ class Scheduler(Generic[R]):
             queue = self._queues[kind] = deque()
         queue.append((self._arrivals, since, row))
 
-    def next(self) -> Batch[R] | None:
-        """The rows of the next tick, taken from the queue whose first row has waited longest."""
+    def next(self, most_folded: int | None = None) -> Batch[R] | None:
+        """The rows of the next tick, taken from the queue whose first row has waited longest.
+
+        `most_folded`: the sessions of a fold of one step, where it may not have as many as any batch.
+        """
         waiting = [(queue[0][:2], kind) for kind, queue in self._queues.items() if queue]
         if not waiting:
             return None
@@ -120,29 +125,27 @@ class Scheduler(Generic[R]):
         draws, steps = first_there if self._overtook else first_queued
         _, since, first = self._queues[draws, steps].popleft()
         self.waiting -= first.width
-        return self._filled([first], draws, first.width, since, steps)
+        most = self._max_batch if most_folded is None or draws or steps > 1 else min(most_folded, self._max_batch)
+        return self.joined(Batch([first], steps, draws, first.width, since, steps, most))
 
     def joins(self, batch: Batch[R], least: int = 1) -> bool:
         """Whether at least so many sessions wait that could have been in a batch."""
         joining = 0
         for _, _, row in self._queues.get((batch.draws, batch.longest), ()):
-            if joining >= least or batch.width + joining + row.width > self._max_batch:
+            if joining >= least or batch.width + joining + row.width > batch.most:
                 break
             joining += row.width
         return joining >= least
 
     def joined(self, batch: Batch[R]) -> Batch[R]:
         """A batch that was not run yet, with those that could have been in it."""
-        return self._filled(batch.rows, batch.draws, batch.width, batch.since, batch.longest)
-
-    def _filled(self, first: list[R], draws: bool, width: int, since: float, longest: int) -> Batch[R]:
-        queue, rows, before = self._queues[draws, longest], list(first), width
-        while queue and width + queue[0][2].width <= self._max_batch:
+        queue, rows, width = self._queues[batch.draws, batch.longest], list(batch.rows), batch.width
+        while queue and width + queue[0][2].width <= batch.most:
             rows.append(queue.popleft()[2])
             width += rows[-1].width
-        self.waiting -= width - before
-        steps = min(longest, self.pace.most(draws, width, not self.waiting))
-        return Batch(rows, steps, draws, width, since, longest)
+        self.waiting -= width - batch.width
+        steps = min(batch.longest, self.pace.most(batch.draws, width, not self.waiting))
+        return Batch(rows, steps, batch.draws, width, batch.since, batch.longest, batch.most)
 
 
 def _power_of_two(steps: int) -> int:

@@ -62,8 +62,17 @@ def test_without_a_core_to_spare_they_never_wait_for_the_graph_alone(clock: Cloc
     assert not found.on_graph
 
 
-def test_where_both_compute_alike_nothing_is_handed_over(clock: Clock) -> None:
+def test_where_both_compute_alike_it_stays_as_it_is(clock: Clock) -> None:
     found = Balance(True)
     for _ in range(4):
-        ticks(found, clock, graph_s=0.003, rest_s=0.0028)
+        ticks(found, clock, graph_s=0.003, rest_s=0.0029)
+    assert not found.on_graph
+    for _ in range(4):
+        ticks(found, clock, graph_s=0.003, rest_s=0.002)
+    assert found.on_graph
+    for _ in range(40):
+        ticks(found, clock, graph_s=0.003, rest_s=0.0029)
+    assert found.on_graph
+    for _ in range(40):
+        ticks(found, clock, graph_s=0.003, rest_s=0.0033)
     assert not found.on_graph

@@ -356,6 +356,21 @@ def test_a_fold_is_not_begun_again_for_each_of_many(gated: tuple[Rig, Gated], mo
     assert all(ear.end().head.position == 1 for ear in ears) and runner.calls == [(1, 1), (14, 1)]
 
 
+def test_a_fold_leaves_some_to_the_one_that_runs_beside_its_answers(
+    gated: tuple[Rig, Gated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "UNCUT", 2)
+    one, runner = gated
+    ears = [Ear() for _ in range(9)]
+    one.engine.submit(*(Feed(ear, NewSession(key(f"a{i}"), 1), symbols(1), True) for i, ear in enumerate(ears)))
+    until(lambda: runner.begun == [1, 6])
+    ears.append(feed(one, symbols(1), "b", new=True))
+    until(lambda: one.engine._scheduler.waiting == 4)
+    runner.gate.set()
+    assert all(ear.end().head.position == 1 for ear in ears)
+    assert runner.calls == [(1, 1), (6, 1), (4, 1)]
+
+
 def test_who_waits_for_the_graph_may_still_leave(gated: tuple[Rig, Gated]) -> None:
     one, runner = gated
     gone, stays = Ear(), Ear()
@@ -374,6 +389,7 @@ def test_what_is_begun_ahead_changes_nothing(rig: MakeRig, monkeypatch: pytest.M
     """Clients that each go on when they are answered, some with more than a step, beside a stream."""
     monkeypatch.setattr(Runner, "on_graph", True)
     monkeypatch.setattr(engine, "AHEAD_SLOW", 2)
+    monkeypatch.setattr(engine, "UNCUT", 2)
     begun: list[int] = []
     begin = Runner.begin
 
