@@ -5,7 +5,7 @@ from time import process_time
 
 TICKS, KEPT = 16, 0.8
 """ticks after which the two are compared; so much of what was found before counts each time"""
-LESS, STAYS = 0.9, 1.05
+LESS, STAYS = 1.0, 1.15
 """of what the graph computes may the rest be at most for handing over to begin, and to go on. Where they are alike it
 is as good as not handing over, but makes the rest more, and to change from one to the other costs more than either"""
 

@@ -144,7 +144,7 @@ class Engine:
         self._ahead: deque[Ahead] = deque()
         self._joins = 0
         """how often the last one was begun again"""
-        self._there: deque[int] = deque([0], TICKS_KEPT)
+        self._there: deque[int] = deque(maxlen=TICKS_KEPT)
         """the sessions that waited or were under way when the newest folds were begun"""
         self._queued_steps = 0
         self._stopping = False
@@ -309,23 +309,23 @@ class Engine:
         if len(self._ahead) == MAX_AHEAD:
             return self._joined()
         self._joins = 0
-        self._there.append(self._scheduler.waiting + sum(ahead.batch.width for ahead in self._ahead))
         if self._ahead and self._scheduler.waiting < AHEAD_FED and not self._runner.on_graph:
             return None
-        batch = self._scheduler.next(self._share())
+        batch = self._scheduler.next(self._share() if self._runner.on_graph else None)
         if batch is not None:
             waited = perf_counter() - batch.since
             self._queue_seconds.observe(waited)
             self._patience = max(HURRY_S, waited)
         return batch
 
-    def _share(self) -> int | None:
+    def _share(self) -> int:
         """The most sessions of a fold that others answer for meanwhile: little more than half of those that come again.
 
         With more, those who are left are done long before the many have come again, and the graph waits for them; and
         since they come together, it would go on like that. Half at most leaves rests, which become folds of their own.
         """
-        return max(UNCUT, int(SHARE * max(self._there))) if self._runner.on_graph else None
+        self._there.append(self._scheduler.waiting + sum(ahead.batch.width for ahead in self._ahead))
+        return max(UNCUT, int(SHARE * max(self._there)))
 
     def _may_join(self, last: Ahead) -> bool:
         """Whether rows wait that could be in a fold that was begun, and does not run yet."""

@@ -65,14 +65,14 @@ def test_without_a_core_to_spare_they_never_wait_for_the_graph_alone(clock: Cloc
 def test_where_both_compute_alike_it_stays_as_it_is(clock: Clock) -> None:
     found = Balance(True)
     for _ in range(4):
-        ticks(found, clock, graph_s=0.003, rest_s=0.0029)
+        ticks(found, clock, graph_s=0.003, rest_s=0.0032)
     assert not found.on_graph
     for _ in range(4):
         ticks(found, clock, graph_s=0.003, rest_s=0.002)
     assert found.on_graph
     for _ in range(40):
-        ticks(found, clock, graph_s=0.003, rest_s=0.0029)
+        ticks(found, clock, graph_s=0.003, rest_s=0.0032)
     assert found.on_graph
     for _ in range(40):
-        ticks(found, clock, graph_s=0.003, rest_s=0.0033)
+        ticks(found, clock, graph_s=0.003, rest_s=0.0036)
     assert not found.on_graph
