@@ -6,6 +6,7 @@ not change a bit on this machine; where they do, rows are run one at a time and 
 
 import hashlib
 import platform
+import threading
 from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from service.state import Array, Row
 _TYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
 _TYPES |= {f"tensor({name})": name for name in ("int64", "int32", "float16", "int16", "int8", "uint8", "bool")}
 
+ENTERS_S = 0.001
+"""how long a call in another thread is waited for at most until it has begun"""
 MANY = 32
 """rows of a roll-out from which on a call takes so long that nothing is gained by arrays that are made once"""
 
@@ -151,11 +154,24 @@ class Runner:
             entries = draw(step, {name: array[0] for name, array in zip(self._names, outputs, strict=True)})
         if stepping is not None:
             outputs, states = [array.copy() for array in outputs], stepping.states
+        early = self._begin_early(entries, states) if ahead else None
         finite = finite and all(map(state.all_finite, states))
         after = self._rolling.take(states)
-        if ahead:
-            self._rolling.begin(entries, self._beside.submit(self._call, entries[None], states, True))
+        if early is not None:
+            self._rolling.begin(entries, early)
         return Folded(self._named(outputs), after, finite)
+
+    def _begin_early(self, entries: Array, states: list[Array]) -> Future[Called]:
+        """Begin a step in another thread, and give it the interpreter until it has begun."""
+        entered = threading.Event()
+
+        def call() -> Called:
+            entered.set()
+            return self._call(entries[None], states, True)
+
+        early = self._beside.submit(call)
+        entered.wait(ENTERS_S)
+        return early
 
     def _stepping(self, states: list[Array]) -> Stepping | None:
         """Steps from these states on, in the arrays of the last ones of as many rows; None where that does not pay."""
