@@ -477,12 +477,14 @@ class Engine:
             for i, work in showing:
                 work.show(logits[i])
             if not step:
-                # Not sooner: the event loop would have the interpreter when the step that was begun early ends.
                 self._tell()
             return np.asarray(tokens[step])
 
         entries = np.array([work.entries[-1] for work in rolling])
-        ahead = len(works) >= AHEAD_DRAWN and all(work.steps > steps for work in rolling)
+        many = len(works) >= AHEAD_DRAWN
+        ahead = many and all(work.steps > steps for work in rolling)
+        if not many:  # else later: the event loop would have the interpreter when the step that was begun early ends
+            self._tell()
         folded = self._runner.roll(entries, [work.row for work in works], self._until_hurried(steps), draw, ahead)
         # Now, and not when they are needed: then the event loop is busy with what is told of this tick.
         sampler.prepare(first + taken, steps)
