@@ -29,7 +29,8 @@ class Cores:
         self._graph: int | None = None
         self._held: list[int] = []
         """the threads that are kept to a core"""
-        self._under_way = 0
+        self.under_way = 0
+        """calls that were begun beside and have not ended"""
 
     def enter(self) -> None:
         """Say that this thread runs the graph."""
@@ -40,7 +41,7 @@ class Cores:
 
         Not where it needs more than a core: `apart` is False.
         """
-        self._under_way += 1
+        self.under_way += 1
         if apart and self._able and not self._held and self._graph is not None:
             with Cores._lock:
                 self._part(self._graph)
@@ -59,8 +60,8 @@ class Cores:
 
     def end(self) -> None:
         """A call that was begun beside has ended; after the last one all run where they will."""
-        self._under_way -= 1
-        if self._held and not self._under_way:
+        self.under_way -= 1
+        if self._held and not self.under_way:
             with Cores._lock:
                 self._join()
 

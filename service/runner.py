@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import is_
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -37,6 +37,8 @@ Called = tuple[list[Array], list[Array]]
 """Outputs and next states"""
 Begun = Future[Any]
 """A call that is under way in another thread; what it gives is its runner's own affair"""
+P = ParamSpec("P")
+T = TypeVar("T")
 Draw = Callable[[int, dict[str, Array]], Array]
 """From the number of the step and its outputs [B, ...] by name to the next entries [B]"""
 
@@ -98,7 +100,8 @@ class Runner:
         That thread does nothing but run the graph: for anything else it would have to wait for the GIL.
         """
         states, wide = pool.stack(self.manifest.states, rows), self._is_wide(len(entries))
-        begun = self._beside.submit(self._timed, entries, states, wide)
+        begin = self._beside.submit if self._cores.under_way else self._begin_now
+        begun = begin(self._timed, entries, states, wide)
         self._cores.begin(not wide)
         return begun
 
@@ -154,24 +157,24 @@ class Runner:
             entries = draw(step, {name: array[0] for name, array in zip(self._names, outputs, strict=True)})
         if stepping is not None:
             outputs, states = [array.copy() for array in outputs], stepping.states
-        early = self._begin_early(entries, states) if ahead else None
+        early = self._begin_now(self._call, entries[None], states, True) if ahead else None
         finite = finite and all(map(state.all_finite, states))
         after = self._rolling.take(states)
         if early is not None:
             self._rolling.begin(entries, early)
         return Folded(self._named(outputs), after, finite)
 
-    def _begin_early(self, entries: Array, states: list[Array]) -> Future[Called]:
-        """Begin a step in another thread, and give it the interpreter until it has begun."""
+    def _begin_now(self, call: Callable[P, T], *arguments: P.args, **more: P.kwargs) -> Future[T]:
+        """Begin a call in the other thread, and leave the interpreter to it until it has begun."""
         entered = threading.Event()
 
-        def call() -> Called:
+        def enter() -> T:
             entered.set()
-            return self._call(entries[None], states, True)
+            return call(*arguments, **more)
 
-        early = self._beside.submit(call)
+        begun = self._beside.submit(enter)
         entered.wait(ENTERS_S)
-        return early
+        return begun
 
     def _stepping(self, states: list[Array]) -> Stepping | None:
         """Steps from these states on, in the arrays of the last ones of as many rows; None where that does not pay."""
