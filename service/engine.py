@@ -63,6 +63,8 @@ on: while a slow graph runs it would else be gathered as often as sessions come,
 SHARE, UNCUT, TICKS_KEPT = 0.6, 24, 16
 """of the sessions that come again and again may one fold of them have; how many it may have always; ticks that tell how
 many come"""
+SHORT_STEPS = 4
+"""of a roll-out from which on each is so short that what is told may wait for one"""
 HURRY_S = 0.008
 """how long a roll-out goes on when others have come, or as long as it has itself waited for others: less would cost
 streams more than it saves the others, since a commit of 64 rows takes about two milliseconds"""
@@ -483,7 +485,8 @@ class Engine:
         entries = np.array([work.entries[-1] for work in rolling])
         many = len(works) >= AHEAD_DRAWN
         ahead = many and all(work.steps > steps for work in rolling)
-        if not many:  # else later: the event loop would have the interpreter when the step that was begun early ends
+        if not many or steps < SHORT_STEPS:
+            # Else later: the event loop would have the interpreter when the step that was begun early ends.
             self._tell()
         folded = self._runner.roll(entries, [work.row for work in works], self._until_hurried(steps), draw, ahead)
         # Now, and not when they are needed: then the event loop is busy with what is told of this tick.
