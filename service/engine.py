@@ -43,7 +43,7 @@ from service.store.base import (
 from service.tasks import Codec, Output
 from service.window import Served
 from service.work.base import Keeping, Resident, Work
-from service.work.events import Event, Failed, Listener, LostRace
+from service.work.events import Event, Failed, Listener, LostRace, Tokens
 from service.work.generate import Generate
 
 log = structlog.get_logger(__name__)
@@ -64,7 +64,7 @@ SHARE, UNCUT, TICKS_KEPT = 0.6, 24, 16
 """of the sessions that come again and again may one fold of them have; how many it may have always; ticks that tell how
 many come"""
 SHORT_STEPS = 4
-"""of a roll-out from which on each is so short that what is told may wait for one"""
+"""of a roll-out from which on each is so short that tokens may wait for one to be told"""
 HURRY_S = 0.008
 """how long a roll-out goes on when others have come, or as long as it has itself waited for others: less would cost
 streams more than it saves the others, since a commit of 64 rows takes about two milliseconds"""
@@ -147,7 +147,7 @@ class Engine:
         self._joins = 0
         """how often the last one was begun again"""
         self._there: deque[int] = deque(maxlen=TICKS_KEPT)
-        """the sessions that waited or were under way when the newest folds were begun"""
+        """the sessions that waited or were under way at the newest ticks"""
         self._queued_steps = 0
         self._stopping = False
         self.calls: dict[int, tuple[int, float]] = {}
@@ -485,8 +485,8 @@ class Engine:
         entries = np.array([work.entries[-1] for work in rolling])
         many = len(works) >= AHEAD_DRAWN
         ahead = many and all(work.steps > steps for work in rolling)
-        if not many or steps < SHORT_STEPS:
-            # Else later: the event loop would have the interpreter when the step that was begun early ends.
+        may_wait = many and steps >= SHORT_STEPS and all(isinstance(event, Tokens) for _, event in self._untold)
+        if not may_wait:  # else the event loop would have the interpreter when the step that was begun early ends
             self._tell()
         folded = self._runner.roll(entries, [work.row for work in works], self._until_hurried(steps), draw, ahead)
         # Now, and not when they are needed: then the event loop is busy with what is told of this tick.

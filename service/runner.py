@@ -100,7 +100,7 @@ class Runner:
         That thread does nothing but run the graph: for anything else it would have to wait for the GIL.
         """
         states, wide = pool.stack(self.manifest.states, rows), self._is_wide(len(entries))
-        begin = self._beside.submit if self._cores.under_way else self._begin_now
+        begin = self._beside.submit if self._cores.under_way or self._rolling.is_ahead else self._begin_now
         begun = begin(self._timed, entries, states, wide)
         self._cores.begin(not wide)
         return begun
@@ -264,6 +264,11 @@ class _Last:
         self._states: list[Array] = []
         self._entries: Array | None = None
         self._early: Future[Called] | None = None
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a call that was begun early is under way."""
+        return self._early is not None and not self._early.done()
 
     def states_of(self, rows: Sequence[Row]) -> list[Array]:
         """The rows' states as a batch."""

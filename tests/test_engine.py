@@ -271,6 +271,41 @@ def test_a_large_fold_that_can_not_be_begun_beside_is_run_here(rig: MakeRig) -> 
     assert isinstance(feed(one, symbols(1), "s0").end(), Done)
 
 
+class Held(CountingRunner):
+    """After a fold the next roll-out waits until the gate is opened."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner)
+        self.folded = False
+        self.gate = threading.Event()
+
+    def run(self, entries: Array, rows: Sequence[Row], wanted: Sequence[int] | None = None) -> Folded:
+        self.folded = True
+        return super().run(entries, rows, wanted)
+
+    def roll(
+        self, entries: Array, rows: Sequence[Row], steps: Iterable[int], draw: Draw, ahead: bool = False
+    ) -> Folded:
+        assert not self.folded or self.gate.wait(WAIT_S)
+        return super().roll(entries, rows, steps, draw, ahead)
+
+
+def test_an_answer_does_not_wait_for_the_streams_next_step(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "AHEAD_DRAWN", 1)
+    monkeypatch.setattr(engine, "SHORT_STEPS", 1)
+    runners: list[Held] = []
+    one = rig(start=False, wrap=lambda runner: runners.append(Held(runner)) or runners[0])
+    stream = Ear()
+    one.engine.submit(Generate(stream, NewSession(key("stream"), 5), symbols(1), generation(max_tokens=500)))
+    answer = feed(one, symbols(1, 2), "fed", new=True)
+    one.start()
+    try:
+        assert answer.end().head.position == 2
+    finally:
+        runners[0].gate.set()
+    assert isinstance(stream.end(), Done) and runners[0].folded
+
+
 # ---------------------------------------------------------------------- folds of a slow graph
 
 
