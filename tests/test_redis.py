@@ -310,7 +310,7 @@ def every_call(store: Store, head: Head) -> list[Callable[[], object]]:
 def test_a_server_that_is_gone_is_told_soon_by_every_call(
     how: str, mortal: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_module, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(redis_module, "TIMEOUT_S", 0.5)  # a busy machine's server takes its time
     monkeypatch.setattr(redis_module, "SETTLE_S", 0.2)
     store = RedisStore(mortal.url)
     head = create(store)
@@ -319,10 +319,12 @@ def test_a_server_that_is_gone_is_told_soon_by_every_call(
         begin = time.monotonic()
         with pytest.raises(StoreError):
             call()
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 3
     assert store.check() is not None
     mortal.start() if how == "killed" else mortal.thaw()
-    assert store.check() is None
+    until = time.monotonic() + 10
+    while store.check() is not None:  # a thawed one first does what was asked of it
+        assert time.monotonic() < until
     for call in every_call(store, head):
         call()
     store.close()

@@ -268,7 +268,10 @@ async def replay_generate(request: HTTPConnection, reply: Reply, body: GenerateB
 
 
 async def recalled(request: HTTPConnection, reply: Reply, live: bool) -> "Replay | Ended":
-    """What a generate has made, at its end; or if `live` and it is not there yet, what it has and what follows."""
+    """What a generate has made, at its end; or if `live` and it is not there yet, what it has and what follows.
+
+    Raises Problem `session_busy` when others moved the session each time, or have ended its life meanwhile.
+    """
     kept: Reply | None = reply
     for _ in range(MAX_JOINS):
         if kept is None or not kept.pending:
@@ -284,13 +287,14 @@ async def recalled(request: HTTPConnection, reply: Reply, live: bool) -> "Replay
                     joined.reader.close()
         # At its end, by its own last commit or by who has ended it, the whole answer is stored.
         kept = await sessions_of(request).replies.find(key_of(request, reply.scope), reply.key)
-    if kept is None or kept.pending or kept.generation is None or kept.head is None:
-        raise Problem("log_truncated", "what the generate made is not in the log any more")
+    if kept is None or kept.pending:
+        raise Problem("session_busy", "others keep moving the session; try again")
+    assert kept.generation is not None and kept.head is not None
     return Ended(kept, kept.head, kept.generation)
 
 
 async def _join(request: HTTPConnection, reply: Reply) -> Replay | None:
-    """A reader of the generate that a pending reply is about; None when the session has gone on from it."""
+    """A reader of the generate that a pending reply is about; None when the session seems to have gone on from it."""
     sessions, key = sessions_of(request), key_of(request, reply.scope)
     head = await sessions.stored(key)
     if head is None or head.status != "live" or head.generation is None or head.generation.key != reply.key:
@@ -304,7 +308,11 @@ async def _join(request: HTTPConnection, reply: Reply) -> Replay | None:
     if joined is None or joined.key == reply.key:
         return joined
     if joined.reader is not None:
+        run = joined.reader.run
         joined.reader.close()
+        if run.end is None:
+            # Another one's work: it moves the session with its next event, or learns that another replica has.
+            await run.news()
     return None
 
 

@@ -2,11 +2,12 @@
 
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from checker import folded, read_log
-from live import Server
+from live import Server, read_events, tokens_of
 from redis_server import RedisServer
 
 TEXT, TAGS = "tiny-letters", "tiny-tags"
@@ -73,6 +74,30 @@ def test_a_generate_lands_on_the_new_life(missed: NewLife, replicas: tuple[Serve
     log = [value for _, value in read_log(other, name)]
     assert log[:4] == now if missed is recreated else log[2:4] == ["j", "j"]
     assert len(log) == 7 and other.state(name) == stale.state(name) == folded(other, TEXT, log)
+
+
+def test_a_generate_asked_again_where_another_is_under_way_on_what_was_is_answered(
+    replicas: tuple[Server, Server], name: str
+) -> None:
+    stale, other = replicas
+    path, body = f"/v1/sessions/{name}/generate", {"inputs": "abc", "max_tokens": 200, "seed": 7}
+    other.steps(name, "ab", model=TEXT)
+    whole = other.generate(other.fork(name)["id"], **body)["tokens"]
+    body = {**body, "stream": True}
+    with ThreadPoolExecutor() as pool:
+        begun = stale.metric("recurra_steps_total", model=TEXT, version="1")
+        late = pool.submit(stale.post, path, {"inputs": "abc" * 40_000, "max_tokens": 1}, "late")
+        while stale.metric("recurra_steps_total", model=TEXT, version="1") == begun:
+            assert not late.done()
+        with other.http.stream("POST", path, json=body, headers={"Idempotency-Key": "key"}) as response:
+            read_events(response, 5)
+        assert not late.done(), "it is not in the way"
+        again = stale.post(path, body, "key")
+        assert again.status_code == 200, again.text
+        assert late.result().status_code == 200
+    events = read_events(again)
+    assert len(tokens_of(events)) >= 5 and tokens_of(events) == whole[: len(tokens_of(events))]
+    assert events[-1].data["finish_reason"] in ("length", "cancelled")
 
 
 @pytest.mark.parametrize("missed", NEW_LIVES)
