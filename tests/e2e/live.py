@@ -197,7 +197,7 @@ class Server:
         with self.http.stream("GET", f"/v1/sessions/{session}/events", headers=headers) as response:
             return read_events(response, tokens)
 
-    def suspended(self, session: str, timeout_s: float = 5.0) -> int:
+    def suspended(self, session: str, timeout_s: float = 20.0) -> int:
         """Wait until the session's position rests; returns it."""
         end, before = time.monotonic() + timeout_s, -1
         while time.monotonic() < end:
@@ -205,7 +205,7 @@ class Server:
             if now == before:
                 return now
             before = now
-            time.sleep(0.15)
+            time.sleep(0.3)
         raise AssertionError("the session does not come to rest")
 
 

@@ -218,7 +218,8 @@ def test_cancel_of_a_generate_whose_prompt_is_still_read_is_no_failure(server: S
     body = {"inputs": "abcd" * 20_000, "max_tokens": 20_000}
     asking = threading.Thread(target=lambda: answers.append(server.post(f"/v1/sessions/{name}/generate", body)))
     asking.start()
-    time.sleep(0.15)
+    while not server.metric("recurra_queued_steps"):
+        assert asking.is_alive()
     assert httpx.post(f"{server.url}/v1/sessions/{name}/cancel", timeout=20).status_code == 200
     asking.join(20)
     assert answers[0].status_code == 200 and answers[0].json()["finish_reason"] == "cancelled", answers[0].text

@@ -319,10 +319,10 @@ def test_keys_outlast_eviction(fresh: MakeServer) -> None:
 
 
 def test_keys_are_forgotten_after_their_time(fresh: MakeServer, name: str) -> None:
-    one = fresh(idempotency_ttl_s=1).start()
+    one = fresh(idempotency_ttl_s=2).start()
     first = steps(one, name, "abc", "key", model=MODEL)
     same(first, steps(one, name, "abc", "key", model=MODEL))
-    time.sleep(1.1)
+    time.sleep(2.1)
     assert "idempotent-replayed" not in steps(one, name, "abc", "key", model=MODEL).headers
     assert one.position(name) == 6
 

@@ -111,9 +111,9 @@ def test_a_new_life_is_unrelated_to_the_old_one(server: Server, name: str) -> No
 
 
 def test_an_expired_session_is_410_and_lives_again_in_another_epoch(server: Server, name: str) -> None:
-    epoch = server.create("tiny-letters", name, ttl_s=1)["epoch"]
+    epoch = server.create("tiny-letters", name, ttl_s=2)["epoch"]
     server.steps(name, "abc")
-    time.sleep(1.1)
+    time.sleep(2.1)
     problem(server.http.get(f"/v1/sessions/{name}"), 410, "session_expired")
     problem(server.post(f"/v1/sessions/{name}/steps", {"inputs": "a"}), 410, "session_expired")
     problem(
@@ -127,13 +127,13 @@ def test_an_expired_session_is_410_and_lives_again_in_another_epoch(server: Serv
 
 
 def test_a_commit_extends_a_life_and_a_read_does_not(server: Server, name: str) -> None:
-    server.create("tiny-letters", name, ttl_s=2)
-    time.sleep(1.1)
+    server.create("tiny-letters", name, ttl_s=4)
+    time.sleep(2.1)
     assert server.steps(name, "a")["position"] == 1
-    time.sleep(1.1)
+    time.sleep(2.1)
     server.session(name)
     server.state(name)
-    time.sleep(1.1)
+    time.sleep(2.1)
     problem(server.http.get(f"/v1/sessions/{name}"), 410, "session_expired")
 
 
@@ -222,7 +222,7 @@ def test_a_waiter_whose_client_left_feeds_nothing(server: Server, name: str) -> 
     with held(server, name):
         with pytest.raises(httpx.ReadTimeout):
             server.http.post(f"/v1/sessions/{name}/steps", json={"inputs": "abcabc"}, timeout=0.3)
-        time.sleep(0.1)
+        time.sleep(0.3)
     position = server.suspended(name)
     server.ok(server.post(f"/v1/sessions/{name}/cancel", None))
     assert server.resume(name, f"1.{position}")[-1].data["position"] == position
