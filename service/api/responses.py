@@ -319,6 +319,9 @@ class ErrorDocument(BaseModel):
     code: str
 
 
+_PROBLEM = ErrorDocument.model_json_schema()
+"""made once: it stands in some three hundred places, and making it for each was a tenth of the import"""
+
 _SCHEMAS: dict[str, type[BaseModel]] = {
     model.__name__: model
     for model in (
@@ -349,7 +352,7 @@ def described(
     if streams:
         found[status]["content"] = {"text/event-stream": {"schema": EVENT, "example": STREAM_EXAMPLE}}
     if lines:
-        refused = {"type": "object", "properties": {"session": {}, "error": ErrorDocument.model_json_schema()}}
+        refused = {"type": "object", "properties": {"session": {}, "error": _PROBLEM}}
         line = {"anyOf": [{"$ref": "#/components/schemas/Steps"}, refused]}
         found[status]["content"] = {"application/x-ndjson": {"schema": line, "example": LINES_EXAMPLE}}
     by_status: dict[int, list[str]] = {}
@@ -358,6 +361,6 @@ def described(
     for error_status, error_codes in by_status.items():
         found[error_status] = {
             "description": ", ".join(f"`{code}`" for code in error_codes),
-            "content": {"application/problem+json": {"schema": ErrorDocument.model_json_schema()}},
+            "content": {"application/problem+json": {"schema": _PROBLEM}},
         }
     return found

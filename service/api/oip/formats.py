@@ -249,6 +249,7 @@ class Refusal(ErrorDocument):
 
 RAW = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 """JSON, and tensors as bytes behind it"""
+_REFUSAL = {"application/problem+json": {"schema": Refusal.model_json_schema()}}
 
 
 def described(what: str, schema: object, *codes: str, raw: bool = False) -> dict[int | str, dict[str, Any]]:
@@ -262,9 +263,8 @@ def described(what: str, schema: object, *codes: str, raw: bool = False) -> dict
     for code in sorted({*codes, *ALWAYS}):
         by_status.setdefault(open_inference_status(code, STATUS[code][0]), []).append(code)
     told: dict[int | str, str] = {s: ", ".join(f"`{code}`" for code in codes) for s, codes in by_status.items()}
-    schema_of_refusal = {"application/problem+json": {"schema": Refusal.model_json_schema()}}
     for status, description in {**told, "default": "any other refusal"}.items():
-        found[status] = {"description": description, "content": schema_of_refusal}
+        found[status] = {"description": description, "content": _REFUSAL}
     return found
 
 
