@@ -197,7 +197,7 @@ class Server:
         with self.http.stream("GET", f"/v1/sessions/{session}/events", headers=headers) as response:
             return read_events(response, tokens)
 
-    def suspended(self, session: str, timeout_s: float = 20.0) -> int:
+    def suspended(self, session: str, timeout_s: float = 5.0) -> int:
         """Wait until the session's position rests; returns it."""
         end, before = time.monotonic() + timeout_s, -1
         while time.monotonic() < end:
